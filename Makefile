@@ -1,0 +1,42 @@
+# The commands of the project. Each does the set-up that it needs, so that any of them can come first.
+TORCH ?= torch==2.13.0
+PYTHON ?= python3
+VENV ?= .venv
+ARGS ?=
+BIN := $(VENV)/bin
+NATIVE := setup.py pyproject.toml $(wildcard csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu csrc/include/torchext/*.h)
+
+.PHONY: help setup train test bench lint wheel clean
+help:  ## this list
+	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:[^#]*## /\t/' | expand -t 14
+
+$(VENV)/torch.stamp: Makefile
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --upgrade pip
+	$(BIN)/pip install --quiet "$(TORCH)"
+	$(BIN)/pip install --quiet "setuptools>=77" ninja
+	@touch $@
+
+$(VENV)/setup.stamp: $(VENV)/torch.stamp $(NATIVE)
+	$(BIN)/pip install --quiet --no-build-isolation -e ".[dev]"
+	@touch $@
+
+setup: $(VENV)/setup.stamp  ## make .venv, install torch, build and install torchext (editable)
+
+train: setup  ## train 784-64-10 on the embedded digits; options in ARGS="..."
+	$(BIN)/torchext train $(ARGS)
+
+test: setup  ## run the tests; pytest's options in ARGS="..."
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: setup  ## ruff, clang-format, mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' | xargs $(BIN)/clang-format --dry-run --Werror
+	$(BIN)/mypy
+
+wheel: setup  ## build the abi3 wheel into dist/
+	$(BIN)/pip wheel --quiet --no-build-isolation --no-deps -w dist .
+
+clean:  ## remove what was built
+	rm -rf build dist *.egg-info torchext/*.so

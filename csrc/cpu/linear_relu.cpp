@@ -1,0 +1,200 @@
+// linear_relu on the CPU. The products are the library's (MKL, oneDNN); what stands around them is
+// ours: bias and ReLU in one pass while the product is in cache, and backward the ReLU mask and the
+// bias gradient in one pass.
+#include "ops/linear_relu.h"
+
+#include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
+
+#include <algorithm>
+
+#include "cpu/dispatch.h"
+#include "cpu/simd.h"
+
+namespace torchext {
+namespace {
+
+using simd::acc_type;
+using simd::kLanesOf;
+using simd::Vector;
+
+// Rows whose bias gradients are summed together: fixed, so that the sum does not depend on the
+// number of threads.
+constexpr int64_t kRowsPerBlock = 64;
+// Elements below which another thread costs more than it saves.
+constexpr int64_t kGrain = 32768;
+
+template <typename scalar_t>
+struct BiasReluArgs {
+  scalar_t* output;      // (rows, columns), the product, overwritten
+  const scalar_t* bias;  // (columns) or null
+  int64_t columns;
+};
+
+template <class Isa, typename scalar_t>
+TORCHEXT_INLINE void bias_relu_rows(const BiasReluArgs<scalar_t>& args, int64_t begin,
+                                    int64_t end) {
+  constexpr int kLanes = kLanesOf<Isa, scalar_t>;
+  using Acc = Vector<acc_type<scalar_t>, kLanes>;
+  // `<= 0`, not `> 0`, decides: NaN stays NaN.
+  const auto relu = [](Acc x) __attribute__((always_inline)) { return x <= 0 ? Acc{} : x; };
+  const int64_t columns = args.columns;
+  for (int64_t row = begin; row < end; ++row) {
+    scalar_t* output = args.output + row * columns;
+    int64_t i = 0;
+    for (; i + kLanes <= columns; i += kLanes) {
+      Acc x = simd::load<kLanes>(output + i);
+      if (args.bias) x += simd::load<kLanes>(args.bias + i);
+      simd::store<kLanes>(output + i, relu(x));
+    }
+    if (const int64_t rest = columns - i; rest > 0) {
+      Acc x = simd::load_tail<kLanes>(output + i, rest, 0);
+      if (args.bias) x += simd::load_tail<kLanes>(args.bias + i, rest, 0);
+      simd::store_tail<kLanes>(output + i, relu(x), rest);
+    }
+  }
+}
+TORCHEXT_SIMD_FUNCTION(bias_relu, bias_relu_rows, BiasReluArgs)
+
+template <typename scalar_t>
+struct MaskArgs {
+  const scalar_t* grad_output;  // (rows, columns)
+  const scalar_t* output;       // (rows, columns)
+  scalar_t* grad_linear;        // (rows, columns): grad_output where output > 0
+  acc_type<scalar_t>* partial;  // (blocks, columns), zeroed: column sums of a block; or null
+  int64_t rows;
+  int64_t columns;
+};
+
+// One pass over blocks [begin, end) of kRowsPerBlock rows.
+template <class Isa, typename scalar_t>
+TORCHEXT_INLINE void mask_blocks(const MaskArgs<scalar_t>& args, int64_t begin, int64_t end) {
+  constexpr int kLanes = kLanesOf<Isa, scalar_t>;
+  using acc_t = acc_type<scalar_t>;
+  using Acc = Vector<acc_t, kLanes>;
+  const int64_t columns = args.columns;
+  for (int64_t block = begin; block < end; ++block) {
+    acc_t* partial = args.partial ? args.partial + block * columns : nullptr;
+    const int64_t row_end = std::min(args.rows, (block + 1) * kRowsPerBlock);
+    for (int64_t row = block * kRowsPerBlock; row < row_end; ++row) {
+      const scalar_t* grad_output = args.grad_output + row * columns;
+      const scalar_t* output = args.output + row * columns;
+      scalar_t* grad_linear = args.grad_linear + row * columns;
+      int64_t i = 0;
+      for (; i + kLanes <= columns; i += kLanes) {
+        const Acc y = simd::load<kLanes>(output + i);
+        const Acc grad = y <= 0 ? Acc{} : simd::load<kLanes>(grad_output + i);
+        simd::store<kLanes>(grad_linear + i, grad);
+        if (partial) simd::store<kLanes>(partial + i, simd::load<kLanes>(partial + i) + grad);
+      }
+      if (const int64_t rest = columns - i; rest > 0) {
+        const Acc y = simd::load_tail<kLanes>(output + i, rest, 0);
+        const Acc grad = y <= 0 ? Acc{} : simd::load_tail<kLanes>(grad_output + i, rest, 0);
+        simd::store_tail<kLanes>(grad_linear + i, grad, rest);
+        if (partial) {
+          for (int64_t j = 0; j < rest; ++j) partial[i + j] += grad[j];
+        }
+      }
+    }
+  }
+}
+TORCHEXT_SIMD_FUNCTION(mask, mask_blocks, MaskArgs)
+
+Tensor transposed(const Tensor& matrix) {
+  return as_strided(matrix, {matrix.size(1), matrix.size(0)}, {matrix.stride(1), matrix.stride(0)});
+}
+
+// (*, features) as (rows, features), a view where it can be.
+Tensor as_matrix(const Tensor& tensor, int64_t rows, int64_t features) {
+  if (tensor.dim() == 2) return tensor;
+  return as_strided(as_contiguous(tensor), {rows, features}, {features, 1});
+}
+
+void mm_out(const Tensor& out, const Tensor& left, const Tensor& right) {
+  TORCHEXT_AOTI_CHECK(aoti_torch_cpu_mm_out(out.get(), left.get(), right.get()));
+}
+
+Tensor linear_relu_forward_cpu(const Tensor& input, const Tensor& weight,
+                               const std::optional<Tensor>& bias) {
+  const LinearShape shape = check_linear_relu(input, weight, bias);
+  auto sizes = sizes_of(input);
+  sizes.back() = shape.out_features;
+  const Tensor output = empty_like(input, sizes);
+  if (output.numel() == 0) return output;
+  const Tensor product = output.dim() == 2 ? output
+                                           : as_strided(output, {shape.rows, shape.out_features},
+                                                        {shape.out_features, 1});
+  const Tensor matrix = as_matrix(input, shape.rows, shape.in_features);
+  const Tensor dense_bias = bias ? as_contiguous(*bias) : Tensor();
+  dispatch_floating(input.scalar_type(), "linear_relu", [&](auto zero) {
+    using scalar_t = decltype(zero);
+    BiasReluArgs<scalar_t> args{static_cast<scalar_t*>(product.mutable_data_ptr()), nullptr,
+                                shape.out_features};
+    if (bias && sizeof(scalar_t) == 2) {
+      // The product and the bias are rounded once, together, as eager rounds them.
+      TORCHEXT_AOTI_CHECK(aoti_torch_cpu_addmm_out(product.get(), bias->get(), matrix.get(),
+                                                   transposed(weight).get(), 1.0, 1.0));
+    } else {
+      mm_out(product, matrix, transposed(weight));
+      if (bias) args.bias = static_cast<const scalar_t*>(dense_bias.const_data_ptr());
+    }
+    for_each_block(shape.rows, kGrain / shape.out_features,
+                   [&](int64_t begin, int64_t end) { bias_relu<scalar_t>(args, begin, end); });
+  });
+  return output;
+}
+
+std::tuple<Tensor, Tensor, Tensor> linear_relu_backward_cpu(const Tensor& grad_output,
+                                                            const Tensor& output,
+                                                            const Tensor& input,
+                                                            const Tensor& weight, bool input_grad,
+                                                            bool weight_grad, bool bias_grad) {
+  const LinearShape shape = check_linear_relu(input, weight, std::nullopt);
+  check_linear_relu_backward(grad_output, output, input, shape);
+  const int64_t rows = shape.rows;
+  const int64_t columns = shape.out_features;
+  Tensor grad_input = empty_like(input, input_grad ? sizes_of(input) : std::vector<int64_t>{0});
+  Tensor grad_weight = empty_like(weight, weight_grad ? sizes_of(weight) : std::vector<int64_t>{0});
+  Tensor grad_bias = empty_like(weight, {bias_grad ? columns : 0});
+  const Tensor grad_linear = empty_like(grad_output, {rows, columns});
+  const Tensor grad = as_contiguous(grad_output);
+  const Tensor result = as_contiguous(output);
+
+  dispatch_floating(input.scalar_type(), "linear_relu", [&](auto zero) {
+    using scalar_t = decltype(zero);
+    using acc_t = acc_type<scalar_t>;
+    const int64_t blocks = (rows + kRowsPerBlock - 1) / kRowsPerBlock;
+    std::vector<acc_t> partial(bias_grad ? std::max<int64_t>(blocks, 1) * columns : 0);
+    const MaskArgs<scalar_t> args{static_cast<const scalar_t*>(grad.const_data_ptr()),
+                                  static_cast<const scalar_t*>(result.const_data_ptr()),
+                                  static_cast<scalar_t*>(grad_linear.mutable_data_ptr()),
+                                  bias_grad ? partial.data() : nullptr,
+                                  rows,
+                                  columns};
+    for_each_block(blocks, kGrain / (kRowsPerBlock * std::max<int64_t>(columns, 1)),
+                   [&](int64_t begin, int64_t end) { mask<scalar_t>(args, begin, end); });
+    if (bias_grad) {
+      scalar_t* bias = static_cast<scalar_t*>(grad_bias.mutable_data_ptr());
+      for (int64_t block = 1; block < blocks; ++block) {
+        for (int64_t i = 0; i < columns; ++i) partial[i] += partial[block * columns + i];
+      }
+      for (int64_t i = 0; i < columns; ++i) bias[i] = static_cast<scalar_t>(partial[i]);
+    }
+  });
+
+  if (input_grad && grad_input.numel() > 0) {
+    const Tensor matrix = as_strided(grad_input, {rows, shape.in_features}, {shape.in_features, 1});
+    mm_out(matrix, grad_linear, weight);
+  }
+  if (weight_grad && grad_weight.numel() > 0) {
+    mm_out(grad_weight, transposed(grad_linear), as_matrix(input, rows, shape.in_features));
+  }
+  return {grad_input, grad_weight, grad_bias};
+}
+
+}  // namespace
+}  // namespace torchext
+
+STABLE_TORCH_LIBRARY_IMPL(torchext, CPU, m) {
+  m.impl("linear_relu_forward", TORCH_BOX(&torchext::linear_relu_forward_cpu));
+  m.impl("linear_relu_backward", TORCH_BOX(&torchext::linear_relu_backward_cpu));
+}

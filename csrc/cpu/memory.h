@@ -1,0 +1,25 @@
+// Fresh memory in few page faults.
+#pragma once
+
+#include <cstdint>
+
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
+namespace torchext {
+
+// A large fresh buffer is faulted in page by page as it is first written, which costs several times
+// the arithmetic of a loss: 4096 x 32000 floats are 128,000 faults, and 250 of 2 MiB pages. This
+// only advises; where the system has no such pages nothing changes.
+inline void advise_huge_pages([[maybe_unused]] void* data, [[maybe_unused]] int64_t bytes) {
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+  constexpr uintptr_t kHugePage = uintptr_t{1} << 21;
+  if (bytes < static_cast<int64_t>(4 * kHugePage)) return;
+  const uintptr_t begin = (reinterpret_cast<uintptr_t>(data) + kHugePage - 1) & ~(kHugePage - 1);
+  const uintptr_t end = (reinterpret_cast<uintptr_t>(data) + bytes) & ~(kHugePage - 1);
+  if (end > begin) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+#endif
+}
+
+}  // namespace torchext

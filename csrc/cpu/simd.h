@@ -1,0 +1,290 @@
+// Explicit SIMD on GCC/Clang vector extensions, with the instruction set chosen at run time.
+//
+// A kernel is a template over an instruction set `Isa`, all of it TORCHEXT_INLINE, and one plain
+// function per instruction set (TORCHEXT_SIMD_FUNCTION) that the compiler builds for that target.
+// Explicit vectors instead of -ffast-math: the order of every sum is fixed, so a row's result
+// depends on nothing but the row, and NaN and infinity keep their meaning.
+#pragma once
+
+#include <bit>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+#include <type_traits>
+
+#include <torch/headeronly/util/BFloat16.h>
+#include <torch/headeronly/util/Half.h>
+
+// Vectors wider than the baseline's registers are passed by value only between inlined functions.
+#pragma GCC diagnostic ignored "-Wpsabi"
+
+#define TORCHEXT_INLINE [[gnu::always_inline]] inline
+
+namespace torchext::simd {
+
+using BFloat16 = torch::headeronly::BFloat16;
+using Half = torch::headeronly::Half;
+
+struct Baseline {
+  static constexpr int kBytes = 16;
+};
+struct Avx2 {
+  static constexpr int kBytes = 32;
+};
+struct Avx512 {
+  static constexpr int kBytes = 64;
+};
+
+enum class Level : int { kBaseline = 0, kAvx2 = 1, kAvx512 = 2 };
+
+inline Level level() {
+#if defined(__x86_64__)
+  static const Level detected = __builtin_cpu_supports("x86-64-v4")   ? Level::kAvx512
+                                : __builtin_cpu_supports("x86-64-v3") ? Level::kAvx2
+                                                                      : Level::kBaseline;
+  return detected;
+#else
+  return Level::kBaseline;
+#endif
+}
+
+// Defines `name<scalar_t>(args, begin, end)`, which runs `body<Isa, scalar_t>(args, begin, end)`.
+#if defined(__x86_64__)
+#define TORCHEXT_SIMD_FUNCTION(name, body, Args)                                                   \
+  template <typename scalar_t>                                                                     \
+  [[gnu::target("arch=x86-64-v4"), gnu::noinline]] void name##_avx512(                             \
+      const Args<scalar_t>& args, int64_t begin, int64_t end) {                                    \
+    body<::torchext::simd::Avx512, scalar_t>(args, begin, end);                                    \
+  }                                                                                                \
+  template <typename scalar_t>                                                                     \
+  [[gnu::target("arch=x86-64-v3"), gnu::noinline]] void name##_avx2(const Args<scalar_t>& args,    \
+                                                                    int64_t begin, int64_t end) {  \
+    body<::torchext::simd::Avx2, scalar_t>(args, begin, end);                                      \
+  }                                                                                                \
+  template <typename scalar_t>                                                                     \
+  [[gnu::noinline]] void name##_baseline(const Args<scalar_t>& args, int64_t begin, int64_t end) { \
+    body<::torchext::simd::Baseline, scalar_t>(args, begin, end);                                  \
+  }                                                                                                \
+  template <typename scalar_t>                                                                     \
+  void name(const Args<scalar_t>& args, int64_t begin, int64_t end) {                              \
+    switch (::torchext::simd::level()) {                                                           \
+      case ::torchext::simd::Level::kAvx512:                                                       \
+        return name##_avx512<scalar_t>(args, begin, end);                                          \
+      case ::torchext::simd::Level::kAvx2:                                                         \
+        return name##_avx2<scalar_t>(args, begin, end);                                            \
+      default:                                                                                     \
+        return name##_baseline<scalar_t>(args, begin, end);                                        \
+    }                                                                                              \
+  }
+#else
+#define TORCHEXT_SIMD_FUNCTION(name, body, Args)                      \
+  template <typename scalar_t>                                        \
+  void name(const Args<scalar_t>& args, int64_t begin, int64_t end) { \
+    body<::torchext::simd::Baseline, scalar_t>(args, begin, end);     \
+  }
+#endif
+
+// What sums and exponentials are computed in.
+template <typename scalar_t>
+using acc_type = std::conditional_t<std::is_same_v<scalar_t, double>, double, float>;
+
+template <typename T, int kLanes>
+struct VectorOf {
+  typedef T type [[gnu::vector_size(kLanes * sizeof(T))]];
+};
+template <typename T, int kLanes>
+using Vector = typename VectorOf<T, kLanes>::type;
+
+// Lanes of the accumulation type in one register.
+template <class Isa, typename scalar_t>
+inline constexpr int kLanesOf = Isa::kBytes / static_cast<int>(sizeof(acc_type<scalar_t>));
+
+template <typename To, typename From>
+TORCHEXT_INLINE To bits_as(From from) {
+  static_assert(sizeof(To) == sizeof(From));
+  return reinterpret_cast<To>(from);
+}
+
+template <typename T, int kLanes>
+TORCHEXT_INLINE Vector<T, kLanes> load_raw(const T* pointer) {
+  Vector<T, kLanes> value;
+  __builtin_memcpy(&value, pointer, sizeof(value));
+  return value;
+}
+
+// IEEE half to float and back on integers, branch-free (the subnormals by one exact subtraction).
+template <int kLanes>
+TORCHEXT_INLINE Vector<float, kLanes> half_to_float(Vector<uint32_t, kLanes> half) {
+  using Bits = Vector<uint32_t, kLanes>;
+  using Float = Vector<float, kLanes>;
+  const Bits magnitude = (half & 0x7fffu) << 13;
+  const Bits exponent = magnitude & 0x0f800000u;
+  const Bits normal = magnitude + 0x38000000u;  // rebias by 127 - 15
+  const Bits infinite = magnitude + 0x70000000u;
+  const Float subnormal =
+      bits_as<Float>(normal + 0x00800000u) - bits_as<Float>(Bits{} + 0x38800000u);
+  const Bits finite = exponent == 0u ? bits_as<Bits>(subnormal) : normal;
+  const Bits result = exponent == 0x0f800000u ? infinite : finite;
+  return bits_as<Float>(result | ((half & 0x8000u) << 16));
+}
+
+template <int kLanes>
+TORCHEXT_INLINE Vector<uint32_t, kLanes> float_to_half(Vector<float, kLanes> value) {
+  using Bits = Vector<uint32_t, kLanes>;
+  using Float = Vector<float, kLanes>;
+  const Bits bits = bits_as<Bits>(value);
+  const Bits magnitude = bits & 0x7fffffffu;
+  const Bits magic = Bits{} + 0x3f000000u;  // 0.5: adding it rounds a subnormal half to an integer
+  const Bits subnormal = bits_as<Bits>(bits_as<Float>(magnitude) + bits_as<Float>(magic)) - magic;
+  const Bits odd = (magnitude >> 13) & 1u;
+  const Bits normal = (magnitude - 0x38000000u + 0xfffu + odd) >> 13;
+  const Bits finite = magnitude < 0x38800000u ? subnormal : normal;
+  const Bits special = magnitude > 0x7f800000u ? Bits{} + 0x7e00u : Bits{} + 0x7c00u;
+  const Bits result = magnitude >= 0x47800000u ? special : finite;
+  return result | ((bits & 0x80000000u) >> 16);
+}
+
+template <int kLanes>
+TORCHEXT_INLINE Vector<uint32_t, kLanes> float_to_bfloat16(Vector<float, kLanes> value) {
+  using Bits = Vector<uint32_t, kLanes>;
+  const Bits bits = bits_as<Bits>(value);
+  const Bits rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+  return (bits & 0x7fffffffu) > 0x7f800000u ? Bits{} + 0x7fc0u : rounded;
+}
+
+// Loads and stores convert between the tensor's dtype and the accumulation type.
+template <int kLanes, typename scalar_t>
+TORCHEXT_INLINE Vector<acc_type<scalar_t>, kLanes> load(const scalar_t* pointer) {
+  if constexpr (std::is_same_v<scalar_t, acc_type<scalar_t>>) {
+    return load_raw<scalar_t, kLanes>(pointer);
+  } else {
+    const auto narrow = load_raw<uint16_t, kLanes>(reinterpret_cast<const uint16_t*>(pointer));
+    const auto wide = __builtin_convertvector(narrow, Vector<uint32_t, kLanes>);
+    if constexpr (std::is_same_v<scalar_t, BFloat16>) {
+      return bits_as<Vector<float, kLanes>>(wide << 16);
+    } else {
+      return half_to_float<kLanes>(wide);
+    }
+  }
+}
+
+template <int kLanes, typename scalar_t>
+TORCHEXT_INLINE void store(scalar_t* pointer, Vector<acc_type<scalar_t>, kLanes> value) {
+  if constexpr (std::is_same_v<scalar_t, acc_type<scalar_t>>) {
+    __builtin_memcpy(pointer, &value, sizeof(value));
+  } else {
+    Vector<uint32_t, kLanes> wide;
+    if constexpr (std::is_same_v<scalar_t, BFloat16>) {
+      wide = float_to_bfloat16<kLanes>(value);
+    } else {
+      wide = float_to_half<kLanes>(value);
+    }
+    const auto narrow = __builtin_convertvector(wide, Vector<uint16_t, kLanes>);
+    __builtin_memcpy(pointer, &narrow, sizeof(narrow));
+  }
+}
+
+// The first `count` lanes (0 < count < kLanes); the others are `fill`.
+template <int kLanes, typename scalar_t>
+TORCHEXT_INLINE Vector<acc_type<scalar_t>, kLanes> load_tail(const scalar_t* pointer, int64_t count,
+                                                             acc_type<scalar_t> fill) {
+  scalar_t buffer[kLanes] = {};
+  for (int64_t i = 0; i < count; ++i) buffer[i] = pointer[i];
+  auto value = load<kLanes>(buffer);
+  for (int64_t i = count; i < kLanes; ++i) value[i] = fill;
+  return value;
+}
+
+template <int kLanes, typename scalar_t>
+TORCHEXT_INLINE void store_tail(scalar_t* pointer, Vector<acc_type<scalar_t>, kLanes> value,
+                                int64_t count) {
+  scalar_t buffer[kLanes];
+  store<kLanes>(buffer, value);
+  for (int64_t i = 0; i < count; ++i) pointer[i] = buffer[i];
+}
+
+// The lower (0) or upper (1) half of a vector's lanes.
+template <int kLanes, typename T>
+TORCHEXT_INLINE Vector<T, kLanes / 2> half(Vector<T, kLanes> value, int which) {
+  Vector<T, kLanes / 2> result;
+  __builtin_memcpy(&result, reinterpret_cast<const char*>(&value) + which * sizeof(result),
+                   sizeof(result));
+  return result;
+}
+
+template <int kLanes, typename T>
+TORCHEXT_INLINE T horizontal_sum(Vector<T, kLanes> value) {
+  if constexpr (kLanes == 2) {
+    return value[0] + value[1];
+  } else {
+    return horizontal_sum<kLanes / 2, T>(half<kLanes, T>(value, 0) + half<kLanes, T>(value, 1));
+  }
+}
+
+// NaN lanes may be passed over: what is computed from them afterwards is NaN all the same.
+template <int kLanes, typename T>
+TORCHEXT_INLINE T horizontal_max(Vector<T, kLanes> value) {
+  if constexpr (kLanes == 2) {
+    return value[0] > value[1] ? value[0] : value[1];
+  } else {
+    const auto low = half<kLanes, T>(value, 0), high = half<kLanes, T>(value, 1);
+    return horizontal_max<kLanes / 2, T>(low > high ? low : high);
+  }
+}
+
+// `value` in the last `count` lanes, 0 in the others.
+template <int kLanes, typename T>
+TORCHEXT_INLINE Vector<T, kLanes> last_lanes(Vector<T, kLanes> value, int64_t count) {
+  using Index = std::conditional_t<sizeof(T) == 8, int64_t, int32_t>;
+  Vector<Index, kLanes> lane;
+  for (int i = 0; i < kLanes; ++i) lane[i] = i;
+  return lane >= static_cast<Index>(kLanes - count) ? value : Vector<T, kLanes>{};
+}
+
+// exp(x) for x <= 0 and NaN: below the smallest normal result it is 0. Within 1 ulp (Cephes' expf).
+template <int kLanes>
+TORCHEXT_INLINE Vector<float, kLanes> exp_nonpositive(Vector<float, kLanes> x) {
+  using Bits = Vector<uint32_t, kLanes>;
+  using Float = Vector<float, kLanes>;
+  // Adding 1.5 * 2^23 leaves the nearest integer in the low bits of the sum.
+  const Float shifted = x * 1.44269504088896341f + 12582912.0f;
+  const Float n = shifted - 12582912.0f;
+  Float r = x - n * 0.693359375f;  // ln 2 in two parts, the first exact in few bits
+  r = r - n * -2.12194440e-4f;
+  Float p = r * 1.9875691500e-4f + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * (r * r) + r + 1.0f;
+  const Float scale = bits_as<Float>((bits_as<Bits>(shifted) << 23) + (127u << 23));
+  return x < -87.33654f ? Float{} : p * scale;
+}
+
+template <int kLanes>
+TORCHEXT_INLINE Vector<double, kLanes> exp_nonpositive(Vector<double, kLanes> x) {
+  using Bits = Vector<uint64_t, kLanes>;
+  using Double = Vector<double, kLanes>;
+  const Double shifted = x * 1.4426950408889634074 + 6755399441055744.0;
+  const Double n = shifted - 6755399441055744.0;
+  Double r = x - n * 6.93145751953125e-1;
+  r = r - n * 1.42860682030941723212e-6;
+  // Taylor to r^13: |r| <= ln(2)/2, the next term is below 2^-57.
+  constexpr double kInverseFactorial[] = {
+      1.0 / 6227020800, 1.0 / 479001600, 1.0 / 39916800, 1.0 / 3628800, 1.0 / 362880, 1.0 / 40320,
+      1.0 / 5040,       1.0 / 720,       1.0 / 120,      1.0 / 24,      1.0 / 6,      1.0 / 2};
+  Double p = Double{} + kInverseFactorial[0];
+  for (int i = 1; i < 12; ++i) p = p * r + kInverseFactorial[i];
+  p = p * (r * r) + r + 1.0;
+  const Double scale = bits_as<Double>((bits_as<Bits>(shifted) << 52) + (uint64_t{1023} << 52));
+  return x < -708.39641853226408 ? Double{} : p * scale;
+}
+
+template <typename T>
+TORCHEXT_INLINE T exp_nonpositive_scalar(T x) {
+  // The same arithmetic as in the vectors, so that a lane and a scalar agree to the bit.
+  constexpr int kLanes = 16 / static_cast<int>(sizeof(T));
+  return exp_nonpositive<kLanes>(Vector<T, kLanes>{} + x)[0];
+}
+
+}  // namespace torchext::simd

@@ -1,0 +1,100 @@
+"""Gives one op its one gradient formula, twice.
+
+The registered operator (``torch.ops.torchext.*``, which compile, export and opcheck see) gets it by
+`torch.library.register_autograd`. Eager calls take a plain `torch.autograd.Function` made of the
+same formula, because that costs a third: no Python on the dispatcher's Autograd key.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._ops import OpOverload
+
+SetupContext = Callable[[Any, tuple[Any, ...], Any], None]
+Backward = Callable[..., Any]
+
+_CPU = torch._C.DispatchKeySet(torch._C.DispatchKey.CPU)
+
+
+def kernel(op: OpOverload) -> Callable[..., Any]:
+    """Returns the CPU kernel of a registered operator, past the rest of the dispatcher.
+
+    For plain strided CPU tensors in an ordinary call alone (`_backend.ordinary`): no autograd, no
+    autocast, no modes, no lazy negation.
+    """
+    return partial(op._handle.redispatch_boxed, _CPU)
+
+
+def define(
+    op: OpOverload, setup_context: SetupContext, backward: Backward
+) -> Callable[..., Tensor]:
+    """Registers the gradient of `op`; returns the eager function that has the same gradient.
+
+    Args:
+        op: the registered operator. Its first output is the differentiable one, and the only one
+            that the returned function gives.
+        setup_context: ``setup_context(ctx, inputs, output)``, as `torch.library` has it.
+        backward: ``backward(ctx, grad_output, *grads_of_further_outputs)``. In an eager call
+            ``ctx.owned`` is True: the further outputs that setup_context saved are nobody else's.
+    """
+
+    def setup_operator(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.owned = False
+        setup_context(ctx, inputs, output)
+
+    torch.library.register_autograd(op._name, backward, setup_context=setup_operator)
+    run = kernel(op)
+
+    class Eager(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, *args: Any) -> Tensor:
+            output = run(*args)
+            ctx.owned = True
+            setup_context(ctx, args, output)
+            result: Tensor = output[0] if several else output
+            return result
+
+    several = len(op._schema.returns) > 1
+    Eager.backward = staticmethod(backward)  # type: ignore[method-assign]
+    Eager.__name__ = Eager.__qualname__ = op._name  # as the profiler shows it
+    return fast_apply(Eager)
+
+
+def fast_apply(function: type[torch.autograd.Function]) -> Callable[..., Tensor]:
+    """Returns the function's ``apply`` past its functorch handling, which costs 1.5 us.
+
+    Calls under functorch never get here (`_backend.ordinary`).
+    """
+    return super(torch.autograd.Function, function).apply  # type: ignore[no-any-return, misc]
+
+
+def wants_reference() -> bool:
+    """Whether a backward must be made of differentiable ops: create_graph, or batched gradients."""
+    return torch.is_grad_enabled() or torch._C._are_functorch_transforms_active()
+
+
+def reference_gradients(
+    function: Callable[..., Tensor],
+    tensors: Sequence[Tensor | None],
+    needed: Sequence[bool],
+    grad_output: Tensor,
+) -> tuple[Tensor | None, ...]:
+    """Returns differentiable gradients of an eager definition, for a backward of the backward.
+
+    Args:
+        function: the definition, a function of `tensors`.
+        tensors: its differentiable arguments, with their history.
+        needed: which of them want a gradient.
+        grad_output: the gradient of the function's value.
+    """
+    pairs = zip(tensors, needed, strict=True)
+    wanted = [tensor for tensor, need in pairs if need and tensor is not None]
+    with torch.enable_grad():
+        output = function(*tensors)
+        found = iter(torch.autograd.grad(output, wanted, grad_output, create_graph=True))
+    return tuple(next(found) if need else None for need in needed)

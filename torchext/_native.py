@@ -1,0 +1,38 @@
+"""Finds and loads the native libraries, and says why not where one is missing."""
+
+from __future__ import annotations
+
+import importlib.util
+
+import torch
+
+_LEVELS = ("baseline", "AVX2", "AVX-512")
+
+
+def _load(module: str) -> str:
+    """Loads one library of registrations; returns why it could not, or an empty string."""
+    spec = importlib.util.find_spec(module)
+    if spec is None or spec.origin is None:
+        return f"{module} is not in this installation"
+    try:
+        torch.ops.load_library(spec.origin)  # type: ignore[no-untyped-call]
+    except OSError as error:
+        return f"{spec.origin} could not be loaded: {error}"
+    return ""
+
+
+cpu_missing = _load("torchext._C")
+"""Why the CPU library is not there; empty where it is."""
+
+
+def library_path() -> str | None:
+    """Returns the path of the CPU library, or None where it is missing."""
+    spec = importlib.util.find_spec("torchext._C")
+    return None if cpu_missing or spec is None else spec.origin
+
+
+def simd_level() -> str:
+    """Returns the instruction set that the CPU kernels use on this machine."""
+    if cpu_missing:
+        return "none"
+    return _LEVELS[torch.ops.torchext.simd_level()]

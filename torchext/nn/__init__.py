@@ -1,0 +1,6 @@
+"""Modules: drop-ins for their stock namesakes."""
+
+from torchext.nn.cross_entropy import CrossEntropyLoss
+from torchext.nn.linear_relu import LinearReLU
+
+__all__ = ["CrossEntropyLoss", "LinearReLU"]

@@ -1,0 +1,80 @@
+"""Shapes, dtypes and strides of cross_entropy's registered operators, for fake tensors.
+
+The loss comes from the eager definition, so that shapes that do not go together raise here as well.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from torchext import reference
+
+REDUCTIONS = ("none", "mean", "sum")
+
+
+def _empty_gradient(input: Tensor) -> Tensor:
+    """The kernels' layout of a gradient: the logits' own, as far as it is dense."""
+    if input.dim() == 2 and input.stride(0) == 1 and input.stride(1) != 1:
+        return input.new_empty_strided(input.shape, (1, input.shape[0]))
+    if input.dim() > 2 and input.stride(1) == 1 and input.shape[1] != 1 and _one_stride(input):
+        last = [input.shape[0], *input.shape[2:], input.shape[1]]
+        return input.new_empty(last).movedim(-1, 1)
+    return input.new_empty(input.shape)
+
+
+def _one_stride(input: Tensor) -> bool:
+    """Whether d1, d2, ... can be walked with one stride."""
+    expected = None
+    for size, stride in zip(reversed(input.shape[2:]), reversed(input.stride()[2:]), strict=True):
+        if size == 1:
+            continue
+        if expected is not None and stride != expected:
+            return False
+        expected = stride * size
+    return True
+
+
+def forward(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    reduction: int,
+    ignore_index: int,
+    label_smoothing: float,
+    save_gradient: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns loss, stats and gradient."""
+    name = REDUCTIONS[reduction]
+    loss = reference.cross_entropy(input, target, weight, ignore_index, name, label_smoothing)
+    wide = torch.float64 if input.dtype == torch.float64 else torch.float32
+    classes = input.shape[0 if input.dim() == 1 else 1]
+    positions = 0 if save_gradient else input.numel() // classes
+    stats = input.new_empty((2, positions), dtype=wide)
+    return loss, stats, _empty_gradient(input) if save_gradient else input.new_empty((0,))
+
+
+def forward_(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    reduction: int,
+    ignore_index: int,
+    label_smoothing: float,
+) -> Tensor:
+    """Returns the loss."""
+    return input.new_empty(())
+
+
+def backward(
+    grad_output: Tensor,
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    stats: Tensor,
+    reduction: int,
+    ignore_index: int,
+    label_smoothing: float,
+) -> Tensor:
+    """Returns the gradient."""
+    return _empty_gradient(input)

@@ -1,0 +1,160 @@
+"""Fused linear + ReLU.
+
+    output = max(input @ weight.T + bias, 0)        input (*, K), weight (N, K), bias (N)
+
+    grad_linear = grad_output where output > 0 (where output is NaN too), else 0
+    grad_input = grad_linear @ weight
+    grad_weight = grad_linear.T @ input
+    grad_bias = sum of grad_linear over all leading dimensions
+
+Siblings: csrc/{ops,cpu}/linear_relu.*, torchext/nn/linear_relu.py, tests/test_linear_relu.py.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import handle_torch_function, has_torch_function_variadic
+
+from torchext import _autograd, _backend, _errors, _native, reference
+
+_stock = torch._C._nn.linear
+# Multiplications below which torch's own nodes, in C++, cost less than one of ours in Python.
+_SMALL = 1 << 18
+_PLAIN, _FLOATING, _STRIDED = _backend.PLAIN, _backend.FLOATING, torch.strided
+
+
+def linear_relu(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    r"""Applies a linear transformation and ReLU in one pass: ``F.relu(F.linear(...))``.
+
+    .. math:: y = \max(x A^T + b, 0)
+
+    Takes every call that ``F.relu(F.linear(input, weight, bias))`` takes, with the same result and
+    gradients: the gradient at 0 is 0, NaN stays NaN. Only the gradients that are asked for are
+    computed. float32, float64, bfloat16 and float16 on the CPU run on the fused kernel; anything
+    else, and what is too small to gain, runs as the two stock ops. Under autocast it takes the
+    dtype that ``F.linear`` takes.
+
+    Args:
+        input: the features.
+        weight: the weights, of input's dtype.
+        bias: the bias, of input's dtype, or None.
+
+    Shape:
+        - input: :math:`(*, K)`, any number of leading dimensions, none included
+        - weight: :math:`(N, K)` (or :math:`(K)`, as ``F.linear``)
+        - bias: :math:`(N)` (or :math:`()`)
+        - output: :math:`(*, N)`
+
+    Returns:
+        The activations, of input's dtype.
+
+    Raises:
+        RuntimeError: where shapes or dtypes do not go together.
+    """
+    if torch.jit.is_scripting():  # type: ignore[attr-defined]
+        return torch.ops.torchext.linear_relu_forward(input, weight, bias)  # type: ignore[no-any-return]
+    else:
+        if has_torch_function_variadic(input, weight, bias):
+            return handle_torch_function(linear_relu, (input, weight, bias), input, weight, bias)
+        try:
+            return _linear_relu(input, weight, bias)
+        except Exception as error:
+            _explain(error, input, weight, bias)
+            raise
+
+
+def _linear_relu(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    if input.numel() * weight.shape[0] < _SMALL and _backend.may_choose():
+        return torch.relu(_stock(input, weight, bias))
+    if (
+        not _backend.ordinary()
+        or type(input) not in _PLAIN
+        or type(weight) not in _PLAIN
+        or input.dtype not in _FLOATING
+        or not (input.is_cpu and weight.is_cpu)
+        or weight.dim() != 2
+        or input.layout is not _STRIDED
+        or weight.layout is not _STRIDED
+        or input.is_neg()
+        or weight.is_neg()
+        or (bias is not None and (type(bias) not in _PLAIN or not bias.is_cpu or bias.is_neg()))
+    ):
+        return _unusual(input, weight, bias)
+    if torch.is_grad_enabled() and (
+        input.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
+    ):
+        return _differentiable(input, weight, bias)
+    return _kernel(input, weight, bias)  # type: ignore[no-any-return]
+
+
+def _unusual(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """What is not an ordinary call of plain CPU tensors."""
+    if _backend.route(input, weight, bias) == _backend.EAGER or weight.dim() != 2:
+        return reference.linear_relu(input, weight, bias)
+    if (dtype := _backend.autocast_dtype(input)) is not None:
+        input, weight = _backend.cast(input, dtype), _backend.cast(weight, dtype)
+        bias = None if bias is None else _backend.cast(bias, dtype)
+    return torch.ops.torchext.linear_relu_forward(input, weight, bias)  # type: ignore[no-any-return]
+
+
+def _explain(error: Exception, input: Any, weight: Any, bias: Any) -> None:
+    """Raises a clearer error of the same class in the place of `error`, where there is one."""
+    _errors.check_types(
+        "linear_relu",
+        (
+            ("input", input, _errors.TENSOR),
+            ("weight", weight, _errors.TENSOR),
+            ("bias", bias, _errors.OPTIONAL_TENSOR),
+        ),
+    )
+    _errors.explain(error, "linear_relu", lambda: _kernel(input, weight, bias), input, weight, bias)
+
+
+def _fake_forward(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return reference.linear_relu(input, weight, bias)
+
+
+def _fake_backward(
+    grad_output: Tensor,
+    output: Tensor,
+    input: Tensor,
+    weight: Tensor,
+    input_grad: bool,
+    weight_grad: bool,
+    bias_grad: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return (
+        input.new_empty(input.shape if input_grad else (0,)),
+        weight.new_empty(weight.shape if weight_grad else (0,)),
+        weight.new_empty((weight.shape[0],) if bias_grad else (0,)),
+    )
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    input, weight, bias = inputs
+    ctx.save_for_backward(input, weight, bias, output)
+
+
+def _backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+    input, weight, bias, output = ctx.saved_tensors
+    needed = ctx.needs_input_grad
+    if _autograd.wants_reference():
+        return _autograd.reference_gradients(
+            reference.linear_relu, (input, weight, bias), needed, grad_output
+        )
+    run = _backward_kernel if ctx.owned and _backend.ordinary() else _backward_op
+    grads = run(grad_output.resolve_neg(), output, input, weight, *needed)
+    return tuple(grad if need else None for grad, need in zip(grads, needed, strict=True))
+
+
+if not _native.cpu_missing:
+    torch.library.register_fake("torchext::linear_relu_forward", _fake_forward)
+    torch.library.register_fake("torchext::linear_relu_backward", _fake_backward)
+    _forward_op = torch.ops.torchext.linear_relu_forward.default
+    _backward_op = torch.ops.torchext.linear_relu_backward.default
+    _kernel = _autograd.kernel(_forward_op)
+    _backward_kernel = _autograd.kernel(_backward_op)
+    _differentiable = _autograd.define(_forward_op, _setup_context, _backward)
