@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 from torch._ops import OpOverload
 
+from torchext import _backend
+
 SetupContext = Callable[[Any, tuple[Any, ...], Any], None]
 Backward = Callable[..., Any]
 
@@ -71,6 +73,26 @@ def fast_apply(function: type[torch.autograd.Function]) -> Callable[..., Tensor]
     Calls under functorch never get here (`_backend.ordinary`).
     """
     return super(torch.autograd.Function, function).apply  # type: ignore[no-any-return, misc]
+
+
+def scaled(gradients: Sequence[Tensor], grad_loss: Tensor, owned: bool) -> tuple[Tensor, ...]:
+    """Returns saved gradients of a loss times its own, in place where nobody will see it.
+
+    Args:
+        gradients: what forward computed for a gradient of 1.
+        grad_loss: the gradient of the loss, a scalar.
+        owned: whether nobody else holds the saved gradients.
+    """
+    if (
+        not owned
+        or torch._C._autograd._get_current_graph_task_keep_graph()  # backward may come again
+        or not _backend.ordinary()  # a tracer must not see the value
+    ):
+        return tuple(gradient * grad_loss for gradient in gradients)
+    if grad_loss.item() != 1.0:
+        for gradient in gradients:
+            gradient.mul_(grad_loss)
+    return tuple(gradients)
 
 
 def wants_reference() -> bool:

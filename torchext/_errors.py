@@ -14,7 +14,14 @@ TENSOR: tuple[type, ...] = (Tensor,)
 OPTIONAL_TENSOR: tuple[type, ...] = (Tensor, type(None))
 INT: tuple[type, ...] = (int, torch.SymInt)
 FLOAT: tuple[type, ...] = (*INT, float, torch.SymFloat)
-_WORDS = {TENSOR: "Tensor", OPTIONAL_TENSOR: "Tensor or None", INT: "int", FLOAT: "float"}
+OPTIONAL_INT: tuple[type, ...] = (*INT, type(None))
+_WORDS = {
+    TENSOR: "Tensor",
+    OPTIONAL_TENSOR: "Tensor or None",
+    INT: "int",
+    OPTIONAL_INT: "int or None",
+    FLOAT: "float",
+}
 
 
 def check_types(op: str, arguments: Iterable[tuple[str, Any, tuple[type, ...]]]) -> None:

@@ -52,9 +52,9 @@ struct CrossEntropyArgs {
   const scalar_t* grad_output;  // one a position (reduction none), or null
   acc_t* losses;                // one a position, or null: the sums of blocks instead
   double* block_losses;
-  acc_t* stats;              // (2, positions): written forward where not null, read backward
-  bool backward;             // stats are given, no loss is wanted
-  int64_t blocks_per_outer;  // tiles of one n
+  acc_t* stats;          // maxima, then sums: written forward where not null, read backward
+  int64_t stats_stride;  // from a position's maximum to its sum
+  bool backward;         // stats are given, no loss is wanted
 
   bool dense() const { return probabilities != nullptr || label_smoothing > 0; }
 
@@ -259,7 +259,7 @@ TORCHEXT_INLINE double process_rows(const CrossEntropyArgs<scalar_t>& args, int6
     if (ignored) {
       if (gradient) std::memset(static_cast<void*>(gradient), 0, classes * sizeof(scalar_t));
       if (args.losses) args.losses[p] = 0;
-      if (args.stats && !args.backward) args.stats[p] = args.stats[args.shape.positions() + p] = 0;
+      if (args.stats && !args.backward) args.stats[p] = args.stats[args.stats_stride + p] = 0;
       continue;
     }
     const acc_t target_weight = args.indices ? args.target_weight(index) : acc_t{0};
@@ -270,7 +270,7 @@ TORCHEXT_INLINE double process_rows(const CrossEntropyArgs<scalar_t>& args, int6
     RowSums<acc_t> row;
     if (args.backward) {
       row.max = args.stats[p];
-      row.sum = args.stats[args.shape.positions() + p];
+      row.sum = args.stats[args.stats_stride + p];
       if constexpr (kDense) row.mass = static_cast<acc_t>(args.uniform_mass);
       if (kDense && probabilities) row.mass = dense_mass<Isa, scalar_t>(args, probabilities);
     } else {
@@ -288,7 +288,7 @@ TORCHEXT_INLINE double process_rows(const CrossEntropyArgs<scalar_t>& args, int6
       total += loss;
       if (args.stats) {
         args.stats[p] = row.max;
-        args.stats[args.shape.positions() + p] = row.sum;
+        args.stats[args.stats_stride + p] = row.sum;
       }
     }
     if (!gradient) continue;

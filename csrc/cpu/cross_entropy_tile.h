@@ -4,12 +4,10 @@
 // cross_entropy_kernel.h.
 #pragma once
 
+#include "cpu/cross_entropy_call.h"
 #include "cpu/cross_entropy_kernel.h"
 
 namespace torchext::cpu {
-
-// Positions whose losses are summed together.
-constexpr int64_t kPositionsPerBlock = 64;
 
 // Element c of the tile's first position, and what separates the classes.
 template <typename T>
@@ -39,7 +37,7 @@ TORCHEXT_INLINE double process_tile(const CrossEntropyArgs<scalar_t>& args, int6
   constexpr int kPositions = kLanes * kWidth;
   constexpr acc_t kInfinity = std::numeric_limits<acc_t>::infinity();
   using Acc = Vector<acc_t, kLanes>;
-  const int64_t classes = args.shape.classes, positions = args.shape.positions();
+  const int64_t classes = args.shape.classes;
   const acc_t kept = static_cast<acc_t>(1.0 - args.label_smoothing);
   const acc_t uniform = static_cast<acc_t>(args.label_smoothing / static_cast<double>(classes));
 
@@ -71,7 +69,8 @@ TORCHEXT_INLINE double process_tile(const CrossEntropyArgs<scalar_t>& args, int6
   if (args.backward) {
     for (int i = 0; i < kPositions; ++i) {
       max[i / kLanes][i % kLanes] = i < count ? args.stats[position + i] : acc_t{0};
-      sum[i / kLanes][i % kLanes] = i < count ? args.stats[positions + position + i] : acc_t{1};
+      sum[i / kLanes][i % kLanes] =
+          i < count ? args.stats[args.stats_stride + position + i] : acc_t{1};
     }
     if constexpr (kDense) {
       for (int64_t c = 0; c < classes; ++c) {
@@ -108,7 +107,7 @@ TORCHEXT_INLINE double process_tile(const CrossEntropyArgs<scalar_t>& args, int6
       total += loss;
       if (args.stats) {
         args.stats[position + i] = max[k][lane];
-        args.stats[positions + position + i] = sum[k][lane];
+        args.stats[args.stats_stride + position + i] = sum[k][lane];
       }
     }
   }
@@ -169,8 +168,8 @@ TORCHEXT_INLINE double process_block(const CrossEntropyArgs<scalar_t>& args, int
   constexpr int kWidth = 4;
   constexpr bool kNarrow = !std::is_same_v<scalar_t, acc_t>;
   const int64_t classes = args.shape.classes, inner = args.shape.inner;
-  const int64_t n = block / args.blocks_per_outer;
-  const int64_t begin = block % args.blocks_per_outer * kPositionsPerBlock;
+  const int64_t n = block / blocks_per_outer(args.shape);
+  const int64_t begin = block % blocks_per_outer(args.shape) * kPositionsPerBlock;
   const int64_t end = std::min(inner, begin + kPositionsPerBlock);
   const bool keep_exps = args.gradient && !args.backward;
   if (kNarrow && keep_exps) scratch.resize(classes * kLanes * kWidth);

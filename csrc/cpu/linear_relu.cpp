@@ -3,16 +3,18 @@
 // bias gradient in one pass.
 #include "ops/linear_relu.h"
 
-#include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
-
 #include <algorithm>
 
 #include "cpu/dispatch.h"
+#include "cpu/gemm.h"
 #include "cpu/simd.h"
 
 namespace torchext {
 namespace {
 
+using cpu::addmm_out;
+using cpu::mm_out;
+using cpu::transposed;
 using simd::acc_type;
 using simd::kLanesOf;
 using simd::Vector;
@@ -99,18 +101,10 @@ TORCHEXT_INLINE void mask_blocks(const MaskArgs<scalar_t>& args, int64_t begin, 
 }
 TORCHEXT_SIMD_FUNCTION(mask, mask_blocks, MaskArgs)
 
-Tensor transposed(const Tensor& matrix) {
-  return as_strided(matrix, {matrix.size(1), matrix.size(0)}, {matrix.stride(1), matrix.stride(0)});
-}
-
 // (*, features) as (rows, features), a view where it can be.
 Tensor as_matrix(const Tensor& tensor, int64_t rows, int64_t features) {
   if (tensor.dim() == 2) return tensor;
   return as_strided(as_contiguous(tensor), {rows, features}, {features, 1});
-}
-
-void mm_out(const Tensor& out, const Tensor& left, const Tensor& right) {
-  TORCHEXT_AOTI_CHECK(aoti_torch_cpu_mm_out(out.get(), left.get(), right.get()));
 }
 
 Tensor linear_relu_forward_cpu(const Tensor& input, const Tensor& weight,
@@ -131,8 +125,7 @@ Tensor linear_relu_forward_cpu(const Tensor& input, const Tensor& weight,
                                 shape.out_features};
     if (bias && sizeof(scalar_t) == 2) {
       // The product and the bias are rounded once, together, as eager rounds them.
-      TORCHEXT_AOTI_CHECK(aoti_torch_cpu_addmm_out(product.get(), bias->get(), matrix.get(),
-                                                   transposed(weight).get(), 1.0, 1.0));
+      addmm_out(product, *bias, matrix, transposed(weight));
     } else {
       mm_out(product, matrix, transposed(weight));
       if (bias) args.bias = static_cast<const scalar_t*>(dense_bias.const_data_ptr());

@@ -3,6 +3,8 @@
 
 #include <cstdint>
 
+#include "common/stable.h"
+
 #if defined(__linux__)
 #include <sys/mman.h>
 #endif
@@ -21,5 +23,12 @@ inline void advise_huge_pages([[maybe_unused]] void* data, [[maybe_unused]] int6
   if (end > begin) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
 #endif
 }
+
+namespace cpu {
+inline void advise(const Tensor& fresh) {
+  advise_huge_pages(fresh.mutable_data_ptr(),
+                    fresh.numel() * static_cast<int64_t>(fresh.element_size()));
+}
+}  // namespace cpu
 
 }  // namespace torchext

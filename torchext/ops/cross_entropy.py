@@ -139,9 +139,6 @@ def cross_entropy(
             raise
 
 
-_keep_graph = torch._C._autograd._get_current_graph_task_keep_graph
-
-
 def _cross_entropy(
     input: Tensor,
     target: Tensor,
@@ -281,24 +278,11 @@ def _backward(ctx: Any, grad_loss: Tensor, *_: Tensor | None) -> tuple[Tensor | 
 
         (grad_input,) = _autograd.reference_gradients(loss, (input,), (True,), grad_loss)
     elif ctx.one_pass:
-        grad_input = _scaled(saved, grad_loss, ctx.owned)
+        (grad_input,) = _autograd.scaled((saved,), grad_loss, ctx.owned)
     else:
         run = _backward_kernel if ctx.owned and _backend.ordinary() else _backward_op
         grad_input = run(grad_loss.resolve_neg(), input, target, weight, saved, *ctx.options)
     return grad_input, None, None, None, None, None, None
-
-
-def _scaled(gradient: Tensor, grad_loss: Tensor, owned: bool) -> Tensor:
-    """The saved gradient times the loss's own, in place where nobody will see the difference."""
-    if (
-        not owned
-        or _keep_graph()  # backward may come again
-        or not _backend.ordinary()  # a tracer must not see the value
-    ):
-        return gradient * grad_loss
-    if grad_loss.item() != 1.0:
-        gradient.mul_(grad_loss)
-    return gradient
 
 
 class _Inplace(torch.autograd.Function):
@@ -331,7 +315,8 @@ class _Inplace(torch.autograd.Function):
                 "overwrote them; call it with inplace_backward=False"
             )
         (gradient,) = ctx.saved_tensors
-        return _scaled(gradient, grad_loss, True), None, None, None, None, None
+        (grad_input,) = _autograd.scaled((gradient,), grad_loss, True)
+        return grad_input, None, None, None, None, None
 
 
 if not _native.cpu_missing:

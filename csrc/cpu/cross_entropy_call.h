@@ -1,0 +1,220 @@
+// One call of the cross_entropy kernels: layouts, weights, targets and their checks, and the total
+// of the losses in an order that no thread count changes. Serves cross_entropy, and the chunks of
+// linear_cross_entropy.
+#pragma once
+
+#include <utility>
+#include <vector>
+
+#include "cpu/cross_entropy_kernel.h"
+#include "cpu/dispatch.h"
+#include "cpu/memory.h"
+#include "ops/cross_entropy.h"
+
+namespace torchext::cpu {
+
+// Positions whose losses are summed together, where they stand side by side.
+constexpr int64_t kPositionsPerBlock = 64;
+// Elements below which another thread costs more than it saves.
+constexpr int64_t kGrain = 16384;
+// Targets whose weights are summed together.
+constexpr int64_t kTargetsPerBlock = 8192;
+
+// Tiles of one n.
+inline int64_t blocks_per_outer(const CrossEntropyShape& shape) {
+  return (shape.inner + kPositionsPerBlock - 1) / kPositionsPerBlock;
+}
+
+// Blocks [begin, end) of kRowsPerBlock rows, or of kPositionsPerBlock positions.
+template <typename scalar_t>
+void cross_entropy_rows(const CrossEntropyArgs<scalar_t>& args, int64_t begin, int64_t end);
+template <typename scalar_t>
+void cross_entropy_tiles(const CrossEntropyArgs<scalar_t>& args, int64_t begin, int64_t end);
+
+// How the kernels walk a tensor: rows of contiguous classes, or tiles of positions. Rows of few
+// classes fill no vector, so that their positions stand side by side in one, too.
+enum class Walk { kRows, kFewClasses, kTiles, kTransposed };
+
+inline std::optional<Walk> walk_of(const std::optional<Strides>& strides,
+                                   const CrossEntropyShape& shape) {
+  if (!strides) return std::nullopt;
+  if (shape.positions() == 0) return Walk::kRows;  // nothing to walk
+  if (strides->channel == 1 || shape.classes == 1) {
+    return shape.classes <= kFewClasses ? Walk::kFewClasses : Walk::kRows;
+  }
+  if (shape.inner > 1) {
+    if (strides->inner == 1) return Walk::kTiles;
+  } else if (strides->outer == 1) {
+    return Walk::kTransposed;  // (C, N) in memory: the N positions take the part of S
+  }
+  return std::nullopt;
+}
+
+// The strides of a dense tensor of `sizes` that is walked so.
+inline std::vector<int64_t> dense_strides(const std::vector<int64_t>& sizes, Walk walk) {
+  std::vector<int64_t> strides = contiguous_strides(sizes);
+  if (walk == Walk::kTransposed) return {1, sizes[0]};
+  if ((walk == Walk::kRows || walk == Walk::kFewClasses) && sizes.size() > 2) {
+    strides[1] = 1;  // channels last: (N, S, C) in memory
+    int64_t stride = sizes[1];
+    for (size_t i = sizes.size() - 1; i >= 2; --i) {
+      strides[i] = stride;
+      stride *= sizes[i];
+    }
+    strides[0] = stride;
+  }
+  return strides;
+}
+
+struct Call {
+  const char* op;  // whose name errors bear
+  const Tensor& input;
+  const Tensor& target;
+  const std::optional<Tensor>& weight;
+  Reduction reduction;
+  int64_t ignore_index;
+  double label_smoothing;
+};
+
+// The number of targets, or the weight of them, that a mean divides by. Every class index is
+// checked here, before it addresses anything.
+template <typename scalar_t>
+double target_mass(const char* op, const CrossEntropyArgs<scalar_t>& args) {
+  const int64_t positions = args.shape.positions();
+  if (!args.indices) return static_cast<double>(positions);
+  const int64_t blocks = (positions + kTargetsPerBlock - 1) / kTargetsPerBlock;
+  std::vector<double> mass(blocks, 0.0);
+  std::vector<int64_t> wrong(blocks, -1);
+  for_each_block(blocks, 4, [&](int64_t begin, int64_t end) {
+    for (int64_t block = begin; block < end; ++block) {
+      const int64_t last = std::min(positions, (block + 1) * kTargetsPerBlock);
+      double sum = 0;
+      for (int64_t p = block * kTargetsPerBlock; p < last; ++p) {
+        const int64_t index = args.target(p);
+        if (index == args.ignore_index) continue;
+        if (index < 0 || index >= args.shape.classes) {
+          wrong[block] = p;
+          break;
+        }
+        sum += args.weight ? static_cast<double>(args.weight[index]) : 1.0;
+      }
+      mass[block] = sum;
+    }
+  });
+  double total = 0;
+  for (int64_t block = 0; block < blocks; ++block) {
+    TORCHEXT_CHECK_INDEX(wrong[block] < 0, op, ": expected target in [0, ", args.shape.classes,
+                         ") or ignore_index (", args.ignore_index, "), but got: Target ",
+                         args.target(wrong[block]),
+                         " is out of bounds (at "
+                         "position ",
+                         wrong[block], " of the flattened target).");
+    total += mass[block];
+  }
+  return total;
+}
+
+// Blocks of rows or of positions: what threads share out, and what losses are summed by.
+template <typename scalar_t>
+int64_t block_count(const CrossEntropyArgs<scalar_t>& args, Walk walk) {
+  if (walk != Walk::kRows) return args.shape.outer * blocks_per_outer(args.shape);
+  return (args.shape.positions() + kRowsPerBlock - 1) / kRowsPerBlock;
+}
+
+template <typename scalar_t>
+void run_blocks(const CrossEntropyArgs<scalar_t>& args, Walk walk) {
+  const int64_t positions =
+      walk == Walk::kRows ? kRowsPerBlock : std::min(kPositionsPerBlock, args.shape.inner);
+  const int64_t grain = kGrain / std::max<int64_t>(positions * args.shape.classes, 1);
+  for_each_block(block_count(args, walk), grain, [&](int64_t begin, int64_t end) {
+    if (walk == Walk::kRows) {
+      cross_entropy_rows<scalar_t>(args, begin, end);
+    } else {
+      cross_entropy_tiles<scalar_t>(args, begin, end);
+    }
+  });
+}
+
+// What forward and backward share: layouts, weights, targets. Keeps what the pointers point to.
+template <typename scalar_t>
+struct Prepared {
+  using acc_t = acc_type<scalar_t>;
+  CrossEntropyArgs<scalar_t> args{};
+  Tensor input, target;
+  std::vector<acc_t> weight;
+  Walk walk = Walk::kTiles;
+  double mass = 1;  // a mean divides by it
+
+  Prepared(const Call& call, const CrossEntropyShape& shape) {
+    args.shape = shape;
+    input = call.input;
+    const auto found = walk_of(class_strides(input), shape);
+    if (!found) input = as_contiguous(input);
+    walk = found ? *found : *walk_of(class_strides(input), shape);
+    args.input = static_cast<const scalar_t*>(input.const_data_ptr());
+    args.input_strides = strides_of(input);
+    if (shape.probabilities) {
+      target = call.target;
+      if (walk_of(class_strides(target), shape) != walk) {
+        const auto sizes = sizes_of(target);
+        target = empty_strided_like(target, sizes, dense_strides(sizes, walk), dtype_code(target));
+        torch::stable::copy_(target, call.target);
+      }
+      args.probabilities = static_cast<const scalar_t*>(target.const_data_ptr());
+      args.probability_strides = strides_of(target);
+    } else {
+      target = as_contiguous(call.target);
+      args.indices = target.const_data_ptr();
+      args.index_bytes = static_cast<int>(target.element_size());
+    }
+    args.ignore_index = call.ignore_index;
+    args.label_smoothing = call.label_smoothing;
+    double weights = static_cast<double>(shape.classes);
+    if (call.weight) {
+      const Tensor dense = as_contiguous(*call.weight);
+      const scalar_t* values = static_cast<const scalar_t*>(dense.const_data_ptr());
+      weight.assign(values, values + shape.classes);
+      args.weight = weight.data();
+      weights = 0;
+      for (const acc_t value : weight) weights += value;
+    }
+    args.uniform_mass = weights * call.label_smoothing / static_cast<double>(shape.classes);
+    mass = target_mass(call.op, args);
+    args.gradient_scale = call.reduction == Reduction::kMean ? 1.0 / mass : 1.0;
+    if (transposed()) std::swap(args.shape.outer, args.shape.inner);
+    args.stats_stride = args.shape.positions();
+  }
+
+  // Whether the N positions take the part of S.
+  bool transposed() const {
+    return walk == Walk::kTransposed || (walk == Walk::kFewClasses && input.dim() <= 2);
+  }
+
+  // What the kernels step by; `inner` and `outer` change places in a transposed matrix.
+  Strides strides_of(const Tensor& tensor) const {
+    Strides strides = *class_strides(tensor);
+    if (transposed()) strides = {0, strides.channel, strides.outer};
+    if (args.shape.classes == 1) strides.channel = 1;
+    return strides;
+  }
+
+  void write_gradient_to(const Tensor& gradient) {
+    args.gradient = static_cast<scalar_t*>(gradient.mutable_data_ptr());
+    args.gradient_strides = strides_of(gradient);
+  }
+
+  // A new gradient, laid out like the logits as far as they are dense.
+  Tensor new_gradient() {
+    const auto sizes = sizes_of(input);
+    const Tensor gradient =
+        empty_strided_like(input, sizes, dense_strides(sizes, walk), dtype_code(input));
+    write_gradient_to(gradient);
+    advise(gradient);
+    return gradient;
+  }
+
+  int64_t blocks() const { return block_count(args, walk); }
+  void run() const { run_blocks(args, walk); }
+};
+
+}  // namespace torchext::cpu

@@ -1,0 +1,60 @@
+// The kernels of cross_entropy_kernel.h and cross_entropy_tile.h for every instruction set and
+// dtype.
+#include "cpu/cross_entropy_call.h"
+#include "cpu/cross_entropy_kernel.h"
+#include "cpu/cross_entropy_tile.h"
+
+namespace torchext::cpu {
+namespace {
+
+template <class Isa, typename scalar_t>
+TORCHEXT_INLINE void row_blocks(const CrossEntropyArgs<scalar_t>& args, int64_t begin,
+                                int64_t end) {
+  const bool scratch_needed =
+      args.gradient && !args.backward && !std::is_same_v<scalar_t, acc_type<scalar_t>>;
+  std::vector<acc_type<scalar_t>> scratch(scratch_needed ? args.shape.classes : 0);
+  for (int64_t block = begin; block < end; ++block) {
+    const int64_t first = block * kRowsPerBlock;
+    const int64_t last = std::min(args.shape.positions(), first + kRowsPerBlock);
+    const double loss = args.dense()
+                            ? process_rows<Isa, scalar_t, true>(args, first, last, scratch.data())
+                            : process_rows<Isa, scalar_t, false>(args, first, last, scratch.data());
+    if (args.block_losses) args.block_losses[block] = loss;
+  }
+}
+TORCHEXT_SIMD_FUNCTION(rows, row_blocks, CrossEntropyArgs)
+
+template <class Isa, typename scalar_t>
+TORCHEXT_INLINE void tile_blocks(const CrossEntropyArgs<scalar_t>& args, int64_t begin,
+                                 int64_t end) {
+  std::vector<acc_type<scalar_t>> scratch;
+  std::vector<scalar_t> padded;
+  for (int64_t block = begin; block < end; ++block) {
+    const double loss = args.dense()
+                            ? process_block<Isa, scalar_t, true>(args, block, scratch, padded)
+                            : process_block<Isa, scalar_t, false>(args, block, scratch, padded);
+    if (args.block_losses) args.block_losses[block] = loss;
+  }
+}
+TORCHEXT_SIMD_FUNCTION(tiles, tile_blocks, CrossEntropyArgs)
+
+}  // namespace
+
+template <typename scalar_t>
+void cross_entropy_rows(const CrossEntropyArgs<scalar_t>& args, int64_t begin, int64_t end) {
+  rows<scalar_t>(args, begin, end);
+}
+template <typename scalar_t>
+void cross_entropy_tiles(const CrossEntropyArgs<scalar_t>& args, int64_t begin, int64_t end) {
+  tiles<scalar_t>(args, begin, end);
+}
+
+#define TORCHEXT_INSTANTIATE(scalar_t)                                                   \
+  template void cross_entropy_rows(const CrossEntropyArgs<scalar_t>&, int64_t, int64_t); \
+  template void cross_entropy_tiles(const CrossEntropyArgs<scalar_t>&, int64_t, int64_t);
+TORCHEXT_INSTANTIATE(float)
+TORCHEXT_INSTANTIATE(double)
+TORCHEXT_INSTANTIATE(simd::BFloat16)
+TORCHEXT_INSTANTIATE(simd::Half)
+
+}  // namespace torchext::cpu

@@ -1,0 +1,264 @@
+// linear_cross_entropy on the CPU: a chunk of rows at a time, the logits in one reused buffer,
+// where the cross_entropy kernels put the gradient in their place while they are warm; the products
+// with it follow at once. Forward with gradients is three products, as many as the layers alone.
+#include "ops/linear_cross_entropy.h"
+
+#include "cpu/cross_entropy_call.h"
+#include "cpu/gemm.h"
+
+namespace torchext {
+namespace {
+
+using cpu::CrossEntropyArgs;
+using simd::acc_type;
+
+// The buffer is at most 64 MiB, or 256 rows of logits where those are more: fewer rows would stream
+// the gradient of the weight too often. 512 x 32000 floats (62.5 MiB) measured best of 256, 512,
+// 1024.
+constexpr int64_t kBufferBytes = int64_t{64} << 20;
+constexpr int64_t kMinRows = 256;
+constexpr int64_t kColumnsPerBlock = 512;
+
+int64_t rows_per_chunk(int64_t rows, int64_t classes, int64_t element_size) {
+  const int64_t fit = kBufferBytes / std::max<int64_t>(classes * element_size, 1);
+  const int64_t aligned = fit / cpu::kPositionsPerBlock * cpu::kPositionsPerBlock;
+  return std::max<int64_t>(1, std::min(rows, std::max(kMinRows, aligned)));
+}
+
+// sums[c] += the sum of column c, rows in order, so that no thread count changes it.
+template <typename scalar_t>
+void add_column_sums(const scalar_t* data, int64_t rows, int64_t columns,
+                     acc_type<scalar_t>* sums) {
+  const int64_t blocks = (columns + kColumnsPerBlock - 1) / kColumnsPerBlock;
+  for_each_block(blocks, cpu::kGrain / (rows * kColumnsPerBlock + 1),
+                 [&](int64_t begin, int64_t end) {
+                   for (int64_t block = begin; block < end; ++block) {
+                     const int64_t first = block * kColumnsPerBlock;
+                     const int64_t last = std::min(columns, first + kColumnsPerBlock);
+                     for (int64_t row = 0; row < rows; ++row) {
+                       const scalar_t* values = data + row * columns;
+                       for (int64_t c = first; c < last; ++c)
+                         sums[c] += static_cast<acc_type<scalar_t>>(values[c]);
+                     }
+                   }
+                 });
+}
+
+struct Problem {
+  const Tensor& input;
+  const Tensor& linear_weight;
+  const Tensor& target;
+  const std::optional<Tensor>& linear_bias;
+  const std::optional<Tensor>& weight;
+  LinearCrossEntropyShape shape;
+  Reduction reduction;
+  int64_t ignore_index;
+  double label_smoothing;
+};
+
+// The gradients that are wanted; no elements where one is not.
+struct Gradients {
+  Tensor input, linear_weight, linear_bias;
+  bool any = false;
+
+  Gradients(const Problem& problem, bool input_grad, bool linear_weight_grad, bool bias_grad)
+      : input(empty(problem.input, input_grad, problem.shape.rows)),
+        linear_weight(empty(problem.linear_weight, linear_weight_grad, problem.shape.rows)),
+        linear_bias(empty_like(problem.input, {bias_grad ? problem.shape.classes : 0})),
+        any(input_grad || linear_weight_grad || bias_grad) {}
+
+  static Tensor empty(const Tensor& like, bool wanted, int64_t rows) {
+    if (!wanted) return empty_like(like, {0});
+    Tensor gradient = empty_like(like, sizes_of(like));
+    cpu::advise(gradient);
+    if (rows == 0) torch::stable::zero_(gradient);  // no chunk will write it
+    return gradient;
+  }
+};
+
+// Walks the chunks: makes the logits, runs the kernels on them (`set` gives a chunk's arguments
+// what the direction needs), and multiplies the gradient that they leave.
+template <typename scalar_t, typename Set>
+void for_each_chunk(const Problem& problem, Gradients& gradients, cpu::Prepared<scalar_t>& prepared,
+                    const Tensor& buffer, const Set& set) {
+  using acc_t = acc_type<scalar_t>;
+  const auto& shape = problem.shape;
+  std::vector<acc_t> bias_sums(gradients.linear_bias.numel());
+  const int64_t chunk = buffer.size(0);
+  for (int64_t first = 0; first < shape.rows; first += chunk) {
+    const int64_t rows = std::min(chunk, shape.rows - first);
+    const Tensor logits = cpu::rows_of(buffer, 0, rows);
+    const Tensor x = cpu::rows_of(problem.input, first, rows);
+    if (problem.linear_bias) {
+      cpu::addmm_out(logits, *problem.linear_bias, x, cpu::transposed(problem.linear_weight));
+    } else {
+      cpu::mm_out(logits, x, cpu::transposed(problem.linear_weight));
+    }
+    CrossEntropyArgs<scalar_t> args = prepared.args;
+    args.input_strides =
+        prepared.transposed() ? Strides{0, 1, shape.classes} : Strides{shape.classes, 1, 1};
+    (prepared.transposed() ? args.shape.inner : args.shape.outer) = rows;
+    if (args.indices) {
+      args.indices = static_cast<const char*>(args.indices) + first * args.index_bytes;
+    } else {
+      args.probabilities += first * (prepared.transposed() ? args.probability_strides.inner
+                                                           : args.probability_strides.outer);
+    }
+    if (gradients.any) {
+      args.gradient = static_cast<scalar_t*>(logits.mutable_data_ptr());
+      args.gradient_strides = args.input_strides;
+    }
+    set(args, first);
+    cpu::run_blocks(args, prepared.walk);
+    if (gradients.input.numel() > 0) {
+      cpu::mm_out(cpu::rows_of(gradients.input, first, rows), logits, problem.linear_weight);
+    }
+    if (gradients.linear_weight.numel() > 0) {
+      const Tensor left = cpu::transposed(logits);
+      if (first == 0) {
+        cpu::mm_out(gradients.linear_weight, left, x);
+      } else {
+        cpu::addmm_out(gradients.linear_weight, gradients.linear_weight, left, x);
+      }
+    }
+    if (!bias_sums.empty()) {
+      add_column_sums(static_cast<const scalar_t*>(logits.const_data_ptr()), rows, shape.classes,
+                      bias_sums.data());
+    }
+  }
+  scalar_t* bias = static_cast<scalar_t*>(gradients.linear_bias.mutable_data_ptr());
+  for (size_t c = 0; c < bias_sums.size(); ++c) bias[c] = static_cast<scalar_t>(bias_sums[c]);
+}
+
+// One chunk's logits, and what the kernels need that is the same for every chunk. The rows of the
+// tensor that `Prepared` sees are all the buffer's first: it looks at shapes, targets and weights.
+template <typename scalar_t>
+struct Workspace {
+  Tensor buffer;
+  Tensor view;
+  cpu::Prepared<scalar_t> prepared;
+
+  explicit Workspace(const Problem& problem)
+      : buffer(empty_like(problem.input, {rows_per_chunk(problem.shape.rows, problem.shape.classes,
+                                                         sizeof(scalar_t)),
+                                          problem.shape.classes})),
+        view(as_strided(buffer, {problem.shape.rows, problem.shape.classes}, {0, 1})),
+        prepared({"linear_cross_entropy", view, problem.target, problem.weight, problem.reduction,
+                  problem.ignore_index, problem.label_smoothing},
+                 {problem.shape.rows, problem.shape.classes, 1, problem.shape.probabilities}) {
+    cpu::advise(buffer);
+  }
+};
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> linear_cross_entropy_forward_cpu(
+    const Tensor& input, const Tensor& linear_weight, const Tensor& target,
+    const std::optional<Tensor>& linear_bias, const std::optional<Tensor>& weight,
+    int64_t reduction, int64_t ignore_index, double label_smoothing, bool input_grad,
+    bool linear_weight_grad, bool linear_bias_grad) {
+  const Problem problem{input,
+                        linear_weight,
+                        target,
+                        linear_bias,
+                        weight,
+                        check_linear_cross_entropy(input, linear_weight, target, linear_bias,
+                                                   weight, reduction, label_smoothing),
+                        static_cast<Reduction>(reduction),
+                        ignore_index,
+                        label_smoothing};
+  Gradients gradients(problem, input_grad, linear_weight_grad, linear_bias_grad);
+  TORCHEXT_CHECK(reduction != 0 || !gradients.any,
+                 "linear_cross_entropy: expected reduction mean or sum where gradients come with "
+                 "the loss, but got none");
+  const int64_t rows = problem.shape.rows;
+  const bool none = problem.reduction == Reduction::kNone;
+  const Tensor loss = empty_like(input, none ? std::vector<int64_t>{rows} : std::vector<int64_t>{});
+  Tensor stats;
+  dispatch_floating(input.scalar_type(), "linear_cross_entropy", [&](auto zero) {
+    using scalar_t = decltype(zero);
+    using acc_t = acc_type<scalar_t>;
+    Workspace<scalar_t> work(problem);
+    const auto wide =
+        std::is_same_v<acc_t, double> ? aoti_torch_dtype_float64() : aoti_torch_dtype_float32();
+    stats = empty_like(input, {2, rows}, wide);
+    acc_t* stats_data = static_cast<acc_t*>(stats.mutable_data_ptr());
+    std::vector<acc_t> losses(none ? rows : 0);
+    std::vector<double> block_losses;
+    double total = 0;
+    for_each_chunk<scalar_t>(problem, gradients, work.prepared, work.buffer,
+                             [&](CrossEntropyArgs<scalar_t>& args, int64_t first) {
+                               // The chunk before is done: its blocks, in order.
+                               for (const double value : block_losses) total += value;
+                               block_losses.assign(cpu::block_count(args, work.prepared.walk), 0.0);
+                               args.block_losses = block_losses.data();
+                               if (none) args.losses = losses.data() + first;
+                               args.stats = stats_data + first;
+                               args.stats_stride = rows;
+                             });
+    for (const double value : block_losses) total += value;
+    scalar_t* values = static_cast<scalar_t*>(loss.mutable_data_ptr());
+    if (none) {
+      for (int64_t i = 0; i < rows; ++i) values[i] = static_cast<scalar_t>(losses[i]);
+    } else {
+      if (problem.reduction == Reduction::kMean) total /= work.prepared.mass;
+      *values = static_cast<scalar_t>(total);
+    }
+  });
+  return {loss, stats, gradients.input, gradients.linear_weight, gradients.linear_bias};
+}
+
+std::tuple<Tensor, Tensor, Tensor> linear_cross_entropy_backward_cpu(
+    const Tensor& grad_output, const Tensor& input, const Tensor& linear_weight,
+    const Tensor& target, const std::optional<Tensor>& linear_bias,
+    const std::optional<Tensor>& weight, const Tensor& stats, int64_t reduction,
+    int64_t ignore_index, double label_smoothing, bool input_grad, bool linear_weight_grad,
+    bool linear_bias_grad) {
+  const Problem problem{input,
+                        linear_weight,
+                        target,
+                        linear_bias,
+                        weight,
+                        check_linear_cross_entropy(input, linear_weight, target, linear_bias,
+                                                   weight, reduction, label_smoothing),
+                        static_cast<Reduction>(reduction),
+                        ignore_index,
+                        label_smoothing};
+  const int64_t rows = problem.shape.rows;
+  const bool none = problem.reduction == Reduction::kNone;
+  TORCHEXT_CHECK(
+      grad_output.numel() == (none ? rows : 1) && grad_output.scalar_type() == input.scalar_type(),
+      "linear_cross_entropy_backward: expected grad_output of ", none ? rows : 1,
+      " elements of dtype ", dtype_string(input), ", but got shape ", shape_string(grad_output),
+      " and dtype ", dtype_string(grad_output));
+  TORCHEXT_CHECK(stats.numel() == 2 * rows && stats.is_contiguous(),
+                 "linear_cross_entropy_backward: expected stats of shape [2, ", rows, "], but got ",
+                 shape_string(stats));
+  Gradients gradients(problem, input_grad, linear_weight_grad, linear_bias_grad);
+  const Tensor grad = as_contiguous(grad_output);
+  dispatch_floating(input.scalar_type(), "linear_cross_entropy", [&](auto zero) {
+    using scalar_t = decltype(zero);
+    using acc_t = acc_type<scalar_t>;
+    Workspace<scalar_t> work(problem);
+    auto* stats_data = static_cast<acc_t*>(const_cast<void*>(stats.const_data_ptr()));
+    const auto* upstream = static_cast<const scalar_t*>(grad.const_data_ptr());
+    for_each_chunk<scalar_t>(problem, gradients, work.prepared, work.buffer,
+                             [&](CrossEntropyArgs<scalar_t>& args, int64_t first) {
+                               args.backward = true;
+                               args.stats = stats_data + first;
+                               args.stats_stride = rows;
+                               if (none) {
+                                 args.grad_output = upstream + first;
+                               } else {
+                                 args.gradient_scale *= static_cast<double>(*upstream);
+                               }
+                             });
+  });
+  return {gradients.input, gradients.linear_weight, gradients.linear_bias};
+}
+
+}  // namespace
+}  // namespace torchext
+
+STABLE_TORCH_LIBRARY_IMPL(torchext, CPU, m) {
+  m.impl("linear_cross_entropy_forward", TORCH_BOX(&torchext::linear_cross_entropy_forward_cpu));
+  m.impl("linear_cross_entropy_backward", TORCH_BOX(&torchext::linear_cross_entropy_backward_cpu));
+}

@@ -1,0 +1,19 @@
+#include "ops/linear_cross_entropy.h"
+
+// The gradients that are asked for come with the loss of a mean or sum (times nothing: backward
+// multiplies by the gradient of the loss); what is not asked for has no elements. `stats`, shape
+// (2, N), is each row's maximum and sum of exponentials: with them the second operator makes the
+// logits again, a chunk of rows at a time, where the gradients did not come with the loss.
+STABLE_TORCH_LIBRARY_FRAGMENT(torchext, m) {
+  m.def(
+      "linear_cross_entropy_forward(Tensor input, Tensor linear_weight, Tensor target, "
+      "Tensor? linear_bias, Tensor? weight, int reduction, int ignore_index, "
+      "float label_smoothing, bool input_grad, bool linear_weight_grad, bool linear_bias_grad) "
+      "-> (Tensor loss, Tensor stats, Tensor grad_input, Tensor grad_linear_weight, "
+      "Tensor grad_linear_bias)");
+  m.def(
+      "linear_cross_entropy_backward(Tensor grad_output, Tensor input, Tensor linear_weight, "
+      "Tensor target, Tensor? linear_bias, Tensor? weight, Tensor stats, int reduction, "
+      "int ignore_index, float label_smoothing, bool input_grad, bool linear_weight_grad, "
+      "bool linear_bias_grad) -> (Tensor, Tensor, Tensor)");
+}

@@ -1,0 +1,261 @@
+"""linear_cross_entropy: values, gradients and memory against the eager definition in float64."""
+
+from __future__ import annotations
+
+from itertools import chain, product
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.testing._internal.common_methods_invocations import op_db
+from torch.testing._internal.common_modules import module_db
+
+import torchext
+from torchext import reference
+
+# Of the norm, beyond the error that eager makes in the dtype: one rounding of the result. Of a few
+# values the errors are a matter of luck: low precision is judged on the larger shapes.
+TOLERANCES = {
+    torch.float64: 1e-11,
+    torch.float32: 2e-5,
+    torch.bfloat16: 2**-8,
+    torch.float16: 2**-10,
+}
+SHAPES = [(7, 5, 11), (1, 3, 2), (300, 16, 60), (130, 8, 3000)]
+
+
+def gradients(function, tensors, upstream, **kwargs):
+    leaves = [None if t is None else t.detach().clone().requires_grad_() for t in tensors]
+    loss = function(leaves, **kwargs)
+    wanted = [leaf for leaf in leaves if leaf is not None]
+    return [loss.detach(), *torch.autograd.grad(loss, wanted, upstream.to(loss.dtype))]
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("probabilities", [False, True])
+@pytest.mark.parametrize(
+    ("dtype", "shape"),
+    [
+        (dtype, shape)
+        for dtype in TOLERANCES
+        for shape in SHAPES
+        if dtype.itemsize > 2 or shape[0] > 9
+    ],
+    ids=str,
+)
+def test_values_and_gradients_match_the_truth(dtype, shape, probabilities, reduction):
+    rows, features, classes = shape
+    for bias, weighted, smoothing in product((False, True), (False, True), (0.0, 0.2)):
+        input = torch.randn(rows, features).to(dtype)
+        linear_weight = (torch.randn(classes, features) * 0.5).to(dtype)
+        linear_bias = torch.randn(classes).to(dtype) if bias else None
+        weight = torch.rand(classes).to(dtype) if weighted else None
+        if probabilities:
+            target = torch.randn(rows, classes).softmax(-1).to(dtype)
+        else:
+            target = torch.randint(0, classes, (rows,))
+            if rows > 1:
+                target[0] = -100
+        upstream = torch.randn(rows) if reduction == "none" else torch.randn(())
+        upstream = upstream.to(dtype)
+
+        def call(leaves, op, wide, target=target, weight=weight, smoothing=smoothing):
+            return op(
+                leaves[0],
+                leaves[1],
+                target.to(wide) if probabilities else target,
+                linear_bias=leaves[2],
+                weight=None if weight is None else weight.to(wide),
+                reduction=reduction,
+                label_smoothing=smoothing,
+            )
+
+        tensors = (input, linear_weight, linear_bias)
+        doubles = [None if t is None else t.double() for t in tensors]
+        truth = gradients(
+            lambda leaves: call(leaves, reference.linear_cross_entropy, torch.float64),
+            doubles,
+            upstream,
+        )
+        eager, ours = (
+            gradients(lambda leaves, op=op: call(leaves, op, dtype), tensors, upstream)
+            for op in (reference.linear_cross_entropy, torchext.linear_cross_entropy)
+        )
+        for actual, stock, expected in zip(ours, eager, truth, strict=True):
+            assert actual.dtype == dtype
+            allowed = (stock.double() - expected).norm()
+            allowed += TOLERANCES[dtype] * (expected.norm() + 1e-3)
+            assert (actual.double() - expected).norm() <= allowed, (bias, weighted, smoothing)
+
+
+def test_chunks_of_rows_give_what_one_chunk_gives():
+    # 40,000 classes in float64: 256 rows a chunk, so that 600 rows are three, the last one short.
+    input = torch.randn(600, 4, dtype=torch.float64)
+    linear_weight = torch.randn(40000, 4, dtype=torch.float64)
+    target = torch.randint(0, 40000, (600,))
+    for reduction in ("mean", "none"):
+        upstream = torch.randn(600) if reduction == "none" else torch.randn(())
+        truth, ours = (
+            gradients(
+                lambda leaves, op=op: op(leaves[0], leaves[1], target, reduction=reduction),  # noqa: B023
+                (input, linear_weight),
+                upstream,
+            )
+            for op in (reference.linear_cross_entropy, torchext.linear_cross_entropy)
+        )
+        for actual, expected in zip(ours, truth, strict=True):
+            torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-12)
+
+
+def test_only_the_gradients_asked_for_and_twice_the_same():
+    input = torch.randn(20, 6, requires_grad=True)
+    linear_weight = torch.randn(9, 6)
+    target = torch.randint(0, 9, (20,))
+    loss = torchext.linear_cross_entropy(input, linear_weight, target) * 3
+    (first,) = torch.autograd.grad(loss, input, retain_graph=True)
+    kept = first.clone()
+    first.zero_()  # the caller's own: a second backward must not see it
+    (second,) = torch.autograd.grad(loss, input)
+    assert torch.equal(kept, second)
+    assert linear_weight.grad is None
+
+
+def test_second_derivatives_and_transforms_match_stock():
+    linear_weight = torch.randn(7, 3, dtype=torch.float64, requires_grad=True)
+    input = torch.randn(5, 3, dtype=torch.float64, requires_grad=True)
+    target = torch.randint(0, 7, (5,))
+
+    def loss(x: Tensor, w: Tensor) -> Tensor:
+        return torchext.linear_cross_entropy(x, w, target)
+
+    assert torch.autograd.gradcheck(loss, (input, linear_weight))
+    assert torch.autograd.gradgradcheck(loss, (input, linear_weight))
+    ours = torch.func.hessian(loss)(input, linear_weight)
+    stock = torch.func.hessian(lambda x, w: F.cross_entropy(F.linear(x, w), target))(
+        input, linear_weight
+    )
+    torch.testing.assert_close(ours, stock)
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    for result, expected in zip(
+        torch.autograd.grad(compiled(input, linear_weight), (input, linear_weight)),
+        torch.autograd.grad(loss(input, linear_weight), (input, linear_weight)),
+        strict=True,
+    ):
+        torch.testing.assert_close(result, expected)
+
+
+def test_leading_dimensions_and_autocast():
+    input = torch.randn(2, 3, 4, requires_grad=True)
+    linear_weight = torch.randn(5, 4)
+    target = torch.randint(0, 5, (2, 3))
+    logits = F.linear(input, linear_weight)
+    expected = F.cross_entropy(logits.flatten(0, 1), target.flatten(), reduction="none")
+    ours = torchext.linear_cross_entropy(input, linear_weight, target, reduction="none")
+    assert ours.shape == (2, 3)
+    torch.testing.assert_close(ours.flatten(), expected)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        stock = F.cross_entropy(F.linear(input[0], linear_weight), target[0])
+        ours = torchext.linear_cross_entropy(input[0], linear_weight, target[0])
+    assert ours.dtype == stock.dtype
+    torch.testing.assert_close(ours, stock)
+
+
+def test_registered_operators_pass_opcheck():
+    ops = torch.ops.torchext
+    input, linear_weight = torch.randn(6, 4), torch.randn(5, 4)
+    target, bias, weight = torch.randint(0, 5, (6,)), torch.randn(5), torch.rand(5)
+    options = (1, -100, 0.1)
+    for wanted in ((False, False, False), (True, True, True), (True, False, False)):
+        forward = ops.linear_cross_entropy_forward.default
+        tensors = (input, linear_weight, target, bias, weight)
+        torch.library.opcheck(forward, (*tensors, *options, *wanted))
+        grad = tuple(t.clone().requires_grad_() for t in (input, linear_weight))
+        torch.library.opcheck(forward, (*grad, *tensors[2:], *options, *wanted[:2], False))
+    stats = ops.linear_cross_entropy_forward(*tensors, *options, False, False, False)[1]
+    torch.library.opcheck(
+        ops.linear_cross_entropy_backward.default,
+        (torch.randn(()), *tensors, stats, *options, True, True, True),
+    )
+
+
+@pytest.mark.skipif(
+    not hasattr(F, "linear_cross_entropy"), reason="torch has F.linear_cross_entropy from 2.13"
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+def test_pytorch_samples(dtype):
+    infos = [op for op in op_db if op.name == "nn.functional.linear_cross_entropy"]
+    count = 0
+    for sample in chain.from_iterable(
+        info.sample_inputs("cpu", dtype, requires_grad=True) for info in infos
+    ):
+        kwargs = {name: value for name, value in sample.kwargs.items() if name != "options"}
+        leaves = [
+            t
+            for t in (sample.input, *sample.args, *kwargs.values())
+            if isinstance(t, Tensor) and t.requires_grad
+        ]
+        stock = F.linear_cross_entropy(sample.input, *sample.args, **kwargs)
+        ours = torchext.linear_cross_entropy(sample.input, *sample.args, **kwargs)
+        upstream = torch.randn_like(stock)
+        tolerance = {"rtol": 2e-2, "atol": 2e-2} if dtype == torch.bfloat16 else {}
+        torch.testing.assert_close(ours, stock, equal_nan=True, **tolerance)
+        torch.testing.assert_close(
+            torch.autograd.grad(ours, leaves, upstream, allow_unused=True),
+            torch.autograd.grad(stock, leaves, upstream, allow_unused=True),
+            equal_nan=True,
+            **tolerance,
+        )
+        count += 1
+    assert count > 0
+
+
+@pytest.mark.skipif(
+    not hasattr(torch.nn, "LinearCrossEntropyLoss"),
+    reason="torch has nn.LinearCrossEntropyLoss from 2.13",
+)
+def test_pytorch_module_inputs():
+    (info,) = (m for m in module_db if m.module_cls is torch.nn.LinearCrossEntropyLoss)
+    count = 0
+    for sample in info.module_inputs_func(info, "cpu", torch.float32, True, training=True):
+        constructor = dict(sample.constructor_input.kwargs)
+        constructor.pop("options", None)
+        arguments = sample.constructor_input.args
+        stock = torch.nn.LinearCrossEntropyLoss(*arguments, **constructor)
+        ours = torchext.nn.LinearCrossEntropyLoss(*arguments, **constructor)
+        ours.load_state_dict(stock.state_dict())
+        call = (sample.forward_input.args, sample.forward_input.kwargs)
+        losses = [module(*call[0], **call[1]) for module in (ours, stock)]
+        upstream = torch.randn_like(losses[1])
+        torch.testing.assert_close(*losses)
+        grads = [
+            torch.autograd.grad(loss, list(module.parameters()), upstream)
+            for loss, module in zip(losses, (ours, stock), strict=True)
+        ]
+        torch.testing.assert_close(*grads)
+        count += 1
+    assert count > 100
+
+
+@pytest.mark.parametrize(
+    ("change", "error"),
+    [
+        ({"target": torch.tensor([0, 1, 9])}, IndexError),
+        ({"target": torch.tensor([0, 1])}, ValueError),
+        ({"linear_weight": torch.randn(5, 3)}, RuntimeError),
+        ({"linear_bias": torch.randn(4)}, RuntimeError),
+        ({"weight": torch.randn(4)}, RuntimeError),
+        ({"reduction": "average"}, ValueError),
+        ({"label_smoothing": 2.0}, RuntimeError),
+        ({"target": [0, 1, 2]}, TypeError),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else value.__name__,
+)
+def test_bad_input_is_refused_by_name(change, error):
+    call = {
+        "input": torch.randn(3, 4),
+        "linear_weight": torch.randn(5, 4),
+        "target": torch.tensor([0, 1, 2]),
+    }
+    with pytest.raises(error, match=f"linear_cross_entropy: .*{next(iter(change))}"):
+        torchext.linear_cross_entropy(**{**call, **change})

@@ -1,0 +1,98 @@
+"""`LinearCrossEntropyLoss`: the head of a classifier and its loss, without the logits."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from torchext.ops.linear_cross_entropy import linear_cross_entropy
+
+
+class LinearCrossEntropyLoss(nn.Module):
+    """Computes the cross-entropy between linearly transformed input and targets.
+
+    Constructor and ``state_dict`` are those of torch 2.13's ``nn.LinearCrossEntropyLoss`` (whose
+    ``options`` is not needed: the logits never exist as a whole); it exists on torch 2.11 too.
+    Shapes, formula and errors: :func:`torchext.linear_cross_entropy`.
+
+    Args:
+        in_features: size of each input sample.
+        num_classes: number of classes.
+        out_features: the dimensions :math:`(d_1, ..., d_K)` of a K-dimensional loss.
+        bias: whether the linear transformation has a bias.
+        device: where its parameters are made.
+        dtype: the parameters' dtype.
+        reduction: ``"none"``, ``"mean"`` or ``"sum"``.
+        weight: a weight for each class, a buffer of the module.
+        ignore_index: the class index that counts for nothing; None means -100.
+        label_smoothing: how much of each target is spread over all classes, in [0, 1].
+    """
+
+    __constants__ = ["num_classes", "out_features", "reduction", "ignore_index", "label_smoothing"]
+    weight: Tensor | None
+
+    def __init__(
+        self,
+        in_features: int,
+        num_classes: int,
+        *,
+        out_features: tuple[int, ...] = (),
+        bias: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        reduction: str = "mean",
+        weight: Tensor | None = None,
+        ignore_index: int | None = None,
+        label_smoothing: float = 0.0,
+    ) -> None:
+        super().__init__()
+        if weight is not None and weight.shape != (num_classes,):
+            raise RuntimeError(
+                f"LinearCrossEntropyLoss: expected weight of shape {(num_classes,)}, but got "
+                f"{tuple(weight.shape)}"
+            )
+        if not 0 <= label_smoothing <= 1:
+            raise RuntimeError(
+                f"LinearCrossEntropyLoss: expected label_smoothing in [0, 1], but got "
+                f"{label_smoothing}"
+            )
+        self.register_buffer("weight", weight)
+        self.num_classes = num_classes
+        self.out_features = out_features
+        self.reduction = reduction
+        self.ignore_index = ignore_index
+        self.label_smoothing = label_smoothing
+        # A weight of K dimensions is kept flat, as torch keeps it.
+        self.linear = nn.Linear(
+            in_features, math.prod(out_features, start=num_classes), bias, device, dtype
+        )
+
+    def forward(self, input: Tensor, target: Tensor) -> Tensor:
+        """Returns the loss of `input` against `target`."""
+        linear_weight: Tensor = self.linear.weight
+        linear_bias: Tensor | None = self.linear.bias
+        if self.out_features:
+            inner = (self.num_classes, *self.out_features)
+            linear_weight = linear_weight.reshape((*inner, self.linear.in_features))
+            linear_bias = None if linear_bias is None else linear_bias.reshape(inner)
+        return linear_cross_entropy(
+            input,
+            linear_weight,
+            target,
+            linear_bias=linear_bias,
+            weight=self.weight,
+            reduction=self.reduction,
+            ignore_index=self.ignore_index,
+            label_smoothing=self.label_smoothing,
+        )
+
+    def extra_repr(self) -> str:
+        """Returns the options."""
+        return (
+            f"in_features={self.linear.in_features}, num_classes={self.num_classes}, "
+            f"out_features={self.out_features}, bias={self.linear.bias is not None}, "
+            f"reduction={self.reduction}, ignore_index={self.ignore_index}, "
+            f"label_smoothing={self.label_smoothing}"
+        )

@@ -1,0 +1,317 @@
+"""Linear + cross-entropy, the logits never whole in memory.
+
+    logits = input @ linear_weight.T + linear_bias      input (N, H), linear_weight (C, H)
+    loss = cross_entropy(logits, target)                see torchext/ops/cross_entropy.py
+
+The kernel walks chunks of rows: a chunk's logits, their loss, and in their place their gradient,
+which goes into the gradients of input and linear_weight at once. Backward multiplies those by the
+gradient of the loss. For reduction "none", and where that would round twice, it makes the logits a
+second time, from each row's maximum and sum of exponentials (`stats`).
+
+Siblings: csrc/{ops,cpu}/linear_cross_entropy.*, torchext/nn/linear_cross_entropy.py,
+tests/test_linear_cross_entropy.py.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import handle_torch_function, has_torch_function_variadic
+
+from torchext import _autograd, _backend, _errors, _native, reference
+from torchext.ops.cross_entropy_fake import REDUCTIONS
+
+_CODES = {name: code for code, name in enumerate(REDUCTIONS)}
+_INDICES = frozenset({torch.int64, torch.int32, torch.uint8})
+
+
+def linear_cross_entropy(
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    *,
+    linear_bias: Tensor | None = None,
+    weight: Tensor | None = None,
+    reduction: str = "mean",
+    ignore_index: int | None = None,
+    label_smoothing: float = 0.0,
+) -> Tensor:
+    r"""Computes the cross-entropy of linearly transformed input, without the logits.
+
+    The same as ``F.cross_entropy(F.linear(input, linear_weight, linear_bias), target, ...)``, and
+    as torch 2.13's ``F.linear_cross_entropy``, but for memory: beside the gradients it needs one
+    buffer of at most 64 MiB (or of 256 rows of logits, where those are more).
+
+    float32, float64, bfloat16 and float16 on the CPU run on the fused kernel, with class indices
+    and probabilities, class weights, label smoothing and every reduction. Anything else
+    (K-dimensional weights, autocast, functorch transforms, second derivatives) runs as the two
+    stock ops, on the whole logits.
+
+    Args:
+        input: the features.
+        linear_weight: the weight of the linear transformation, a row for each class.
+        target: class indices (int64, int32, uint8), or probabilities.
+        linear_bias: the bias of the linear transformation.
+        weight: a weight for each class.
+        reduction: ``"none"``, ``"mean"`` or ``"sum"``.
+        ignore_index: the class index that counts for nothing; None means -100. Not to be given with
+            probabilities.
+        label_smoothing: how much of each target is spread over all classes, in [0, 1].
+
+    Shape:
+        - input: :math:`(H)` or :math:`(*, H)`
+        - linear_weight: :math:`(C, H)`, or :math:`(C, d_1, ..., d_K, H)` with input :math:`(N, H)`
+        - target: :math:`()` or :math:`(*)`, or with probabilities :math:`(C)` or :math:`(N, C)`;
+          with a K-dimensional weight :math:`(N, d_1, ..., d_K)` or :math:`(N, C, d_1, ..., d_K)`
+        - linear_bias: linear_weight's shape without :math:`H`
+        - weight: :math:`(C)`
+        - output: a scalar, or the shape of class indices if reduction is ``"none"``
+
+    Returns:
+        The loss, of input's dtype.
+
+    Raises:
+        IndexError: where a class index is neither in [0, C) nor `ignore_index`.
+        ValueError: for another `reduction`, or batch sizes that differ.
+        RuntimeError: where other shapes or dtypes do not go together.
+        TypeError: where an argument is of another type.
+    """
+    tensors = (input, linear_weight, target, linear_bias, weight)
+    if has_torch_function_variadic(*tensors):
+        return handle_torch_function(
+            linear_cross_entropy,
+            tensors,
+            input,
+            linear_weight,
+            target,
+            linear_bias=linear_bias,
+            weight=weight,
+            reduction=reduction,
+            ignore_index=ignore_index,
+            label_smoothing=label_smoothing,
+        )
+    arguments = (*tensors, reduction, ignore_index, label_smoothing)
+    try:
+        return _linear_cross_entropy(*arguments)
+    except Exception as error:
+        _explain(error, *arguments)
+        raise
+
+
+def _linear_cross_entropy(
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    linear_bias: Tensor | None,
+    weight: Tensor | None,
+    reduction: str,
+    ignore_index: int | None,
+    label_smoothing: float,
+) -> Tensor:
+    indices = target.dtype in _INDICES
+    if (
+        linear_weight.dim() != 2
+        or input.numel() == 0
+        or linear_weight.numel() == 0
+        or (target.dim() != input.dim() - 1 if indices else target.dim() != 2 or input.dim() != 2)
+        or (ignore_index is not None and not indices)
+        or not _served(input, linear_weight, target, linear_bias, weight)
+    ):
+        return reference.linear_cross_entropy(
+            input, linear_weight, target, linear_bias, weight, reduction, ignore_index,
+            label_smoothing,
+        )  # fmt: skip
+    shape, flat = target.shape, input.dim() != 2
+    if flat:
+        if input.shape[:-1] != shape:
+            raise ValueError(
+                f"linear_cross_entropy: expected target of input's shape without its last "
+                f"dimension, {list(input.shape[:-1])}, but got {list(shape)}"
+            )
+        input, target = input.reshape(-1, input.shape[-1]), target.reshape(-1)
+    code = _CODES[reduction]
+    options = (code, -100 if ignore_index is None else ignore_index, label_smoothing)
+    wanted = (False, False, False)
+    if torch.is_grad_enabled():
+        wanted = (
+            input.requires_grad,
+            linear_weight.requires_grad,
+            linear_bias is not None and linear_bias.requires_grad,
+        )
+    # See cross_entropy: float16 gradients of a mean would underflow; and bfloat16 ones would be
+    # rounded twice where backward cannot look at what it multiplies them by.
+    wide = input.dtype is torch.float32 or input.dtype is torch.float64
+    at_once = wide or (input.dtype is torch.bfloat16 and _backend.ordinary())
+    came = wanted if code != 0 and at_once else (False, False, False)
+    call = (input, linear_weight, target, linear_bias, weight, *options, *came)
+    if not _backend.ordinary():
+        loss: Tensor = _forward_op(*call)[0]
+    elif True in wanted:
+        loss = _differentiable(*call)
+    else:
+        loss = _kernel(*call)[0]
+    return loss.reshape(shape) if flat and code == 0 else loss
+
+
+def _served(
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    linear_bias: Tensor | None,
+    weight: Tensor | None,
+) -> bool:
+    """Whether the kernels serve the call, or are the ones to refuse it."""
+    if weight is not None and weight.requires_grad:
+        return False
+    if target.requires_grad or (target.is_floating_point() and target.dtype != input.dtype):
+        return False
+    tensors = (input, linear_weight, target, linear_bias, weight)
+    if not _backend.ordinary():
+        if torch.is_autocast_enabled(input.device.type):
+            return False
+        return _backend.route(*tensors) == _backend.OPERATOR
+    if input.dtype not in _backend.FLOATING:
+        return False
+    for tensor in tensors:
+        if tensor is not None and not (
+            type(tensor) in _backend.PLAIN
+            and tensor.is_cpu
+            and tensor.layout is torch.strided
+            and not tensor.is_neg()
+        ):
+            return False
+    return True
+
+
+def _explain(
+    error: Exception,
+    input: Any,
+    linear_weight: Any,
+    target: Any,
+    linear_bias: Any,
+    weight: Any,
+    reduction: Any,
+    ignore_index: Any,
+    label_smoothing: Any,
+) -> None:
+    """Raises a clearer error of the same class in the place of `error`, where there is one."""
+    op = "linear_cross_entropy"
+    _errors.check_types(
+        op,
+        (
+            ("input", input, _errors.TENSOR),
+            ("linear_weight", linear_weight, _errors.TENSOR),
+            ("target", target, _errors.TENSOR),
+            ("linear_bias", linear_bias, _errors.OPTIONAL_TENSOR),
+            ("weight", weight, _errors.OPTIONAL_TENSOR),
+            ("ignore_index", ignore_index, _errors.OPTIONAL_INT),
+            ("label_smoothing", label_smoothing, _errors.FLOAT),
+        ),
+    )
+    if reduction not in REDUCTIONS:
+        raise ValueError(
+            f"{op}: expected reduction to be one of {REDUCTIONS}, but got {reduction!r}: "
+            f"{reduction} is not a valid value for reduction"
+        ) from None
+    ignored = -100 if ignore_index is None else ignore_index
+    options = (_CODES[reduction], ignored, label_smoothing, False, False, False)
+    tensors = (input, linear_weight, target, linear_bias, weight)
+    _errors.explain(error, op, lambda: _kernel(*tensors, *options), *tensors)
+
+
+def _fake_gradients(
+    input: Tensor, linear_weight: Tensor, wanted: tuple[bool, ...]
+) -> tuple[Tensor, Tensor, Tensor]:
+    shapes = (input.shape, linear_weight.shape, linear_weight.shape[:1])
+    first, second, third = (
+        input.new_empty(shape if want else (0,)) for shape, want in zip(shapes, wanted, strict=True)
+    )
+    return first, second, third
+
+
+def _fake_forward(
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    linear_bias: Tensor | None,
+    weight: Tensor | None,
+    reduction: int,
+    ignore_index: int,
+    label_smoothing: float,
+    *wanted: bool,
+) -> tuple[Tensor, ...]:
+    loss = reference.cross_entropy(
+        torch.nn.functional.linear(input, linear_weight, linear_bias),
+        target,
+        weight,
+        ignore_index,
+        REDUCTIONS[reduction],
+        label_smoothing,
+    )
+    wide = torch.float64 if input.dtype == torch.float64 else torch.float32
+    stats = input.new_empty((2, input.shape[0]), dtype=wide)
+    return loss, stats, *_fake_gradients(input, linear_weight, wanted)
+
+
+def _fake_backward(
+    grad_output: Tensor, input: Tensor, linear_weight: Tensor, *arguments: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    return _fake_gradients(input, linear_weight, arguments[-3:])
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    input, linear_weight, target, linear_bias, weight, *options = inputs
+    ctx.options, ctx.wanted = options[:3], options[3:]
+    if not ctx.owned:
+        ctx.mark_non_differentiable(*output[1:])
+    saved = output[2:] if True in ctx.wanted else ()
+    ctx.save_for_backward(input, linear_weight, target, linear_bias, weight, output[1], *saved)
+
+
+def _backward(ctx: Any, grad_loss: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+    input, linear_weight, target, linear_bias, weight, stats, *saved = ctx.saved_tensors
+    needed = (*ctx.needs_input_grad[:2], ctx.needs_input_grad[3])
+    if _autograd.wants_reference():
+        reduction, ignore_index, label_smoothing = ctx.options
+
+        def loss(x: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
+            logits = torch.nn.functional.linear(x, w, b)
+            return reference.cross_entropy(
+                logits, target, weight, ignore_index, REDUCTIONS[reduction], label_smoothing
+            )
+
+        grads = _autograd.reference_gradients(
+            loss, (input, linear_weight, linear_bias), needed, grad_loss
+        )
+    elif all(want or not need for want, need in zip(ctx.wanted, needed, strict=True)) and (
+        input.dtype is not torch.bfloat16 or _power_of_two(grad_loss)
+    ):
+        grads = _autograd.scaled(saved, grad_loss, ctx.owned)
+    else:
+        run = _backward_kernel if ctx.owned and _backend.ordinary() else _backward_op
+        grads = run(
+            grad_loss.resolve_neg(), input, linear_weight, target, linear_bias, weight, stats,
+            *ctx.options, *needed,
+        )  # fmt: skip
+    first, second, third = (
+        grad if need else None for grad, need in zip(grads, needed, strict=True)
+    )
+    return first, second, None, third, None, None, None, None, None, None, None
+
+
+def _power_of_two(grad_loss: Tensor) -> bool:
+    """Whether multiplying by the loss's gradient is exact, so that nothing is rounded twice."""
+    return _backend.ordinary() and abs(math.frexp(grad_loss.item())[0]) in (0.5, 0.0)
+
+
+if not _native.cpu_missing:
+    torch.library.register_fake("torchext::linear_cross_entropy_forward", _fake_forward)
+    torch.library.register_fake("torchext::linear_cross_entropy_backward", _fake_backward)
+    _forward_op = torch.ops.torchext.linear_cross_entropy_forward.default
+    _backward_op = torch.ops.torchext.linear_cross_entropy_backward.default
+    _kernel = _autograd.kernel(_forward_op)
+    _backward_kernel = _autograd.kernel(_backward_op)
+    _differentiable = _autograd.define(_forward_op, _setup_context, _backward)
