@@ -14,12 +14,14 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._ops import OpOverload
+from torch.autograd import forward_ad
 
 from torchext import _backend
 
 SetupContext = Callable[[Any, tuple[Any, ...], Any], None]
 Backward = Callable[..., Any]
 
+_is_batched = torch._C._functorch.is_legacy_batchedtensor
 _CPU = torch._C.DispatchKeySet(torch._C.DispatchKey.CPU)
 
 
@@ -95,9 +97,14 @@ def scaled(gradients: Sequence[Tensor], grad_loss: Tensor, owned: bool) -> tuple
     return tuple(gradients)
 
 
-def wants_reference() -> bool:
-    """Whether a backward must be made of differentiable ops: create_graph, or batched gradients."""
-    return torch.is_grad_enabled() or torch._C._are_functorch_transforms_active()
+def wants_reference(grad_output: Tensor) -> bool:
+    """Whether a backward must be made of stock ops: it is itself differentiated, or batched."""
+    return (
+        torch.is_grad_enabled()
+        or torch._C._are_functorch_transforms_active()
+        or forward_ad._current_level >= 0
+        or _is_batched(grad_output)  # is_grads_batched
+    )
 
 
 def reference_gradients(
@@ -106,7 +113,7 @@ def reference_gradients(
     needed: Sequence[bool],
     grad_output: Tensor,
 ) -> tuple[Tensor | None, ...]:
-    """Returns differentiable gradients of an eager definition, for a backward of the backward.
+    """Returns the gradients of an eager definition, differentiable where grad mode asks for it.
 
     Args:
         function: the definition, a function of `tensors`.
@@ -114,9 +121,16 @@ def reference_gradients(
         needed: which of them want a gradient.
         grad_output: the gradient of the function's value.
     """
-    pairs = zip(tensors, needed, strict=True)
-    wanted = [tensor for tensor, need in pairs if need and tensor is not None]
+    again = torch.is_grad_enabled()
     with torch.enable_grad():
-        output = function(*tensors)
-        found = iter(torch.autograd.grad(output, wanted, grad_output, create_graph=True))
+        # Views stand for the tensors, so that one that was made from another is differentiated
+        # through its own part alone; what is differentiated again goes through them to the tensors.
+        views = [
+            tensor.view_as(tensor) if need and tensor is not None else tensor
+            for tensor, need in zip(tensors, needed, strict=True)
+        ]
+        pairs = zip(views, needed, strict=True)
+        wanted = [view for view, need in pairs if need and view is not None]
+        output = function(*views)
+        found = iter(torch.autograd.grad(output, wanted, grad_output, create_graph=again))
     return tuple(next(found) if need else None for need in needed)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -27,33 +27,68 @@ _WORDS = {
 def check_types(op: str, arguments: Iterable[tuple[str, Any, tuple[type, ...]]]) -> None:
     """Raises TypeError for the first ``(name, value, types)`` whose value is of no such type."""
     for name, value, types in arguments:
-        if not isinstance(value, types):
+        if not isinstance(value, types) or (types in (INT, OPTIONAL_INT) and type(value) is bool):
             raise TypeError(
                 f"{op}: expected {name} to be {_WORDS[types]}, but got {type(value).__name__}"
             ) from None
+        if (
+            types in (INT, OPTIONAL_INT)
+            and isinstance(value, int)
+            and not -(2**63) <= value < 2**63
+        ):
+            raise ValueError(f"{op}: expected {name} to fit 64 bits, but got {value}") from None
 
 
-def explain(
-    error: Exception, op: str, kernel: Callable[[], object], *tensors: Tensor | None
-) -> None:
-    """Raises the kernel's own refusal of a call in the place of stock's, if it is of one class.
+def settle(
+    error: Exception,
+    op: str,
+    tensors: Mapping[str, Tensor | None],
+    reference: Callable[[], Tensor],
+    kernel: Callable[[], object],
+) -> Tensor:
+    """Serves the call that raised `error` by the eager definition, or refuses it clearly.
+
+    Whether a call is good, and in which class it is refused, is stock's to say; the words are ours:
+    the kernel's checks name op, argument, what was expected and what came.
 
     Args:
-        error: what stock raised for the call.
-        op: the op's name, with which the kernel's messages begin.
-        kernel: makes the same call of the native kernel, whose checks come first.
-        tensors: the call's tensors; the kernel is asked only about plain ones on the CPU.
+        error: what the call raised.
+        op: the op's name, with which our messages begin.
+        tensors: the call's tensors, by name.
+        reference: makes the same call of the eager definition.
+        kernel: makes the same call of the native kernel, for its words.
     """
-    given = [tensor for tensor in tensors if tensor is not None]
+    words = str(error)
+    ours = words.startswith(f"{op}:")
+    if ours and isinstance(error, IndexError):
+        raise error  # a class out of range, found before anything was computed
+    try:
+        return reference()
+    except Exception as refusal:
+        stock = refusal
+    if not ours:
+        words = _words(op, tensors, kernel)
+    if words.startswith(f"{op}:"):
+        raise type(stock)(words) from None
+    raise stock from None
+
+
+def _words(op: str, tensors: Mapping[str, Tensor | None], kernel: Callable[[], object]) -> str:
+    """Returns what is wrong with a call, beginning with the op's name; empty if it cannot tell."""
+    given = {name: tensor for name, tensor in tensors.items() if tensor is not None}
+    device = next(iter(given.values())).device
+    for name, tensor in given.items():
+        if tensor.layout is not torch.strided:
+            return f"{op}: expected {name} of strided layout, but got {tensor.layout}"
+        if tensor.device != device:
+            return f"{op}: expected {name} on input's device ({device}), but got {tensor.device}"
     if _native.cpu_missing or not _backend.ordinary():
-        return
-    if not all(type(t) in _backend.PLAIN and t.is_cpu and not t.is_neg() for t in given):
-        return
+        return ""
+    if not all(type(t) in _backend.PLAIN and t.is_cpu and not t.is_neg() for t in given.values()):
+        return ""
     try:
         with torch.no_grad():
             kernel()
-    except type(error) as ours:
-        if str(ours).startswith(f"{op}:"):
-            raise ours from None
-    except Exception:  # the kernel refuses it in another class: stock's own words stand
-        return
+    except Exception as refusal:
+        return str(refusal)
+    return ""

@@ -83,8 +83,8 @@ def cross_entropy(
     reduction: str = "mean",
     label_smoothing: float = 0.0,
 ) -> Tensor:
-    """Returns torch's cross-entropy, int32 class indices taken as well."""
-    if target.dtype == torch.int32:
+    """Returns torch's cross-entropy, int32 and uint8 class indices taken as well."""
+    if target.dtype == torch.int32 or target.dtype == torch.uint8:  # stock takes uint8 by halves
         target = target.long()
     return F.cross_entropy(
         input,

@@ -9,6 +9,14 @@ namespace {
 using cpu::CrossEntropyArgs;
 using simd::acc_type;
 
+CrossEntropyShape checked(const Tensor& input, const Tensor& target,
+                          const std::optional<Tensor>& weight, int64_t reduction,
+                          int64_t ignore_index, double label_smoothing) {
+  check_memory("cross_entropy", {{"input", &input}, {"target", &target}});
+  if (weight) check_memory("cross_entropy", {{"weight", &*weight}});
+  return check_cross_entropy(input, target, weight, reduction, ignore_index, label_smoothing);
+}
+
 // The loss in input's dtype: every position's, or their sum or mean.
 template <typename scalar_t>
 Tensor run_forward(const cpu::Call& call, cpu::Prepared<scalar_t>& prepared) {
@@ -37,7 +45,7 @@ Tensor run_forward(const cpu::Call& call, cpu::Prepared<scalar_t>& prepared) {
   prepared.run();
   double total = 0;
   for (const double value : block_losses) total += value;
-  if (call.reduction == Reduction::kMean) total /= prepared.mass;
+  if (call.reduction == Reduction::kMean) total = prepared.mean(total);
   *static_cast<scalar_t*>(loss.mutable_data_ptr()) = static_cast<scalar_t>(total);
   return loss;
 }
@@ -45,7 +53,7 @@ Tensor run_forward(const cpu::Call& call, cpu::Prepared<scalar_t>& prepared) {
 std::tuple<Tensor, Tensor, Tensor> cross_entropy_forward_cpu(
     const Tensor& input, const Tensor& target, const std::optional<Tensor>& weight,
     int64_t reduction, int64_t ignore_index, double label_smoothing, bool save_gradient) {
-  const auto shape = check_cross_entropy(input, target, weight, reduction, label_smoothing);
+  const auto shape = checked(input, target, weight, reduction, ignore_index, label_smoothing);
   TORCHEXT_CHECK(!save_gradient || reduction != 0,
                  "cross_entropy: expected reduction mean or sum "
                  "with save_gradient, but got none");
@@ -75,7 +83,7 @@ std::tuple<Tensor, Tensor, Tensor> cross_entropy_forward_cpu(
 Tensor cross_entropy_forward_inplace_cpu(Tensor input, const Tensor& target,
                                          const std::optional<Tensor>& weight, int64_t reduction,
                                          int64_t ignore_index, double label_smoothing) {
-  const auto shape = check_cross_entropy(input, target, weight, reduction, label_smoothing);
+  const auto shape = checked(input, target, weight, reduction, ignore_index, label_smoothing);
   TORCHEXT_CHECK(reduction != 0,
                  "cross_entropy_forward_: expected reduction mean or sum, but got "
                  "none");
@@ -100,7 +108,7 @@ Tensor cross_entropy_backward_cpu(const Tensor& grad_output, const Tensor& input
                                   const Tensor& target, const std::optional<Tensor>& weight,
                                   const Tensor& stats, int64_t reduction, int64_t ignore_index,
                                   double label_smoothing) {
-  const auto shape = check_cross_entropy(input, target, weight, reduction, label_smoothing);
+  const auto shape = checked(input, target, weight, reduction, ignore_index, label_smoothing);
   const int64_t wanted = reduction == 0 ? shape.positions() : 1;
   TORCHEXT_CHECK(grad_output.numel() == wanted && grad_output.scalar_type() == input.scalar_type(),
                  "cross_entropy_backward: expected grad_output of ", wanted, " elements of dtype ",

@@ -53,7 +53,11 @@ inline std::optional<Walk> walk_of(const std::optional<Strides>& strides,
 // The strides of a dense tensor of `sizes` that is walked so.
 inline std::vector<int64_t> dense_strides(const std::vector<int64_t>& sizes, Walk walk) {
   std::vector<int64_t> strides = contiguous_strides(sizes);
-  if (walk == Walk::kTransposed) return {1, sizes[0]};
+  if (walk == Walk::kTransposed) {
+    std::fill(strides.begin(), strides.end(), sizes[0] * sizes[1]);
+    strides[0] = 1;
+    strides[1] = sizes[0];
+  }
   if ((walk == Walk::kRows || walk == Walk::kFewClasses) && sizes.size() > 2) {
     strides[1] = 1;  // channels last: (N, S, C) in memory
     int64_t stride = sizes[1];
@@ -168,7 +172,7 @@ struct Prepared {
       args.index_bytes = static_cast<int>(target.element_size());
     }
     args.ignore_index = call.ignore_index;
-    args.label_smoothing = call.label_smoothing;
+    args.label_smoothing = call.label_smoothing > 0 ? call.label_smoothing : 0.0;
     double weights = static_cast<double>(shape.classes);
     if (call.weight) {
       const Tensor dense = as_contiguous(*call.weight);
@@ -178,11 +182,16 @@ struct Prepared {
       weights = 0;
       for (const acc_t value : weight) weights += value;
     }
-    args.uniform_mass = weights * call.label_smoothing / static_cast<double>(shape.classes);
+    args.uniform_mass = weights * args.label_smoothing / static_cast<double>(shape.classes);
     mass = target_mass(call.op, args);
-    args.gradient_scale = call.reduction == Reduction::kMean ? 1.0 / mass : 1.0;
+    args.gradient_scale = call.reduction == Reduction::kMean ? mean(1.0) : 1.0;
     if (transposed()) std::swap(args.shape.outer, args.shape.inner);
     args.stats_stride = args.shape.positions();
+  }
+
+  // NaN over no target, and over targets of no weight, as in torch.
+  double mean(double sum) const {
+    return mass == 0 ? std::numeric_limits<double>::quiet_NaN() : sum / mass;
   }
 
   // Whether the N positions take the part of S.

@@ -9,6 +9,7 @@
 // and g the gradient of the row's loss.
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 #include <vector>
 
@@ -236,6 +237,31 @@ TORCHEXT_INLINE void gradient_row(const CrossEntropyArgs<scalar_t>& args, const 
   if ((end - begin) % kLanes) simd::store<kLanes>(gradient + last, value(tail, last));
 }
 
+// The gradient of a row that counts for nothing: 0, or NaN where its softmax is NaN (as in torch,
+// where it is 0 times the softmax): with a NaN, with +inf, or of nothing but -inf.
+template <class Isa, typename scalar_t>
+TORCHEXT_INLINE void ignored_row(const scalar_t* x, scalar_t* gradient, int64_t classes) {
+  using acc_t = acc_type<scalar_t>;
+  constexpr int kLanes = kLanesOf<Isa, scalar_t>;
+  using Acc = Vector<acc_t, kLanes>;
+  constexpr acc_t kInfinity = std::numeric_limits<acc_t>::infinity();
+  Acc max = Acc{} - kInfinity, nan = {};
+  const auto look = [&](Acc value) __attribute__((always_inline)) {
+    max = value > max ? value : max;
+    nan = value == value ? nan : Acc{} + acc_t{1};
+  };
+  for (int64_t c = 0; c + kLanes <= classes; c += kLanes) look(simd::load<kLanes>(x + c));
+  look(simd::load<kLanes>(x + classes - kLanes));
+  const acc_t largest = simd::horizontal_max<kLanes, acc_t>(max);
+  const bool defined =
+      simd::horizontal_sum<kLanes, acc_t>(nan) == 0 && largest < kInfinity && largest > -kInfinity;
+  if (defined) {
+    std::memset(static_cast<void*>(gradient), 0, classes * sizeof(scalar_t));
+  } else {
+    std::fill_n(gradient, classes, static_cast<scalar_t>(std::numeric_limits<float>::quiet_NaN()));
+  }
+}
+
 // Rows [begin, end), each with contiguous classes. Returns the sum of their losses.
 template <class Isa, typename scalar_t, bool kDense>
 TORCHEXT_INLINE double process_rows(const CrossEntropyArgs<scalar_t>& args, int64_t begin,
@@ -257,7 +283,7 @@ TORCHEXT_INLINE double process_rows(const CrossEntropyArgs<scalar_t>& args, int6
     const int64_t index = args.indices ? args.target(p) : -1;
     const bool ignored = args.indices && index == args.ignore_index;
     if (ignored) {
-      if (gradient) std::memset(static_cast<void*>(gradient), 0, classes * sizeof(scalar_t));
+      if (gradient) ignored_row<Isa, scalar_t>(x, gradient, classes);
       if (args.losses) args.losses[p] = 0;
       if (args.stats && !args.backward) args.stats[p] = args.stats[args.stats_stride + p] = 0;
       continue;

@@ -9,6 +9,8 @@
 
 namespace torchext::cpu {
 
+constexpr int64_t kClassesPerSum = 256;
+
 // Element c of the tile's first position, and what separates the classes.
 template <typename T>
 struct Column {
@@ -84,17 +86,28 @@ TORCHEXT_INLINE double process_tile(const CrossEntropyArgs<scalar_t>& args, int6
         max[k] = value > max[k] ? value : max[k];
       }
     }
-    for (int64_t c = 0; c < classes; ++c) {
-      for (int k = 0; k < kWidth; ++k) {
-        const Acc shifted = simd::load<kLanes>(x.at(c) + k * kLanes) - max[k];
-        const Acc e = simd::exp_nonpositive<kLanes>(shifted);
-        sum[k] += e;
-        if constexpr (kDense) {
-          const Acc q = dense(c, k);
-          mass[k] += q;
-          dot[k] += q * shifted;
+    // Sums of kClassesPerSum classes, and of those: one sum of a large vocabulary would lose
+    // digits.
+    for (int64_t begin = 0; begin < classes; begin += kClassesPerSum) {
+      const int64_t end = std::min(classes, begin + kClassesPerSum);
+      Acc part_sum[kWidth] = {}, part_mass[kWidth] = {}, part_dot[kWidth] = {};
+      for (int64_t c = begin; c < end; ++c) {
+        for (int k = 0; k < kWidth; ++k) {
+          const Acc shifted = simd::load<kLanes>(x.at(c) + k * kLanes) - max[k];
+          const Acc e = simd::exp_nonpositive<kLanes>(shifted);
+          part_sum[k] += e;
+          if constexpr (kDense) {
+            const Acc q = dense(c, k);
+            part_mass[k] += q;
+            part_dot[k] += q * shifted;
+          }
+          if (exps) simd::store<kLanes>(exps.at(c) + k * kLanes, e);
         }
-        if (exps) simd::store<kLanes>(exps.at(c) + k * kLanes, e);
+      }
+      for (int k = 0; k < kWidth; ++k) {
+        sum[k] += part_sum[k];
+        mass[k] += part_mass[k];
+        dot[k] += part_dot[k];
       }
     }
     for (int i = 0; i < count; ++i) {
@@ -129,6 +142,9 @@ TORCHEXT_INLINE double process_tile(const CrossEntropyArgs<scalar_t>& args, int6
       target_gradient[i] -= q * g[k][lane];
     }
   }
+  // An ignored position's gradient is 0, or NaN where its softmax is (as in torch).
+  Acc nothing[kWidth];
+  for (int k = 0; k < kWidth; ++k) nothing[k] = sum[k] - sum[k];
   for (int64_t c = 0; c < classes; ++c) {
     for (int k = 0; k < kWidth; ++k) {
       const Acc e =
@@ -136,7 +152,7 @@ TORCHEXT_INLINE double process_tile(const CrossEntropyArgs<scalar_t>& args, int6
                : simd::exp_nonpositive<kLanes>(simd::load<kLanes>(x.at(c) + k * kLanes) - max[k]);
       Acc value = e * scale[k];
       if constexpr (kDense) value -= dense(c, k) * g[k];
-      simd::store<kLanes>(gradient.at(c) + k * kLanes, keep[k] == 0 ? Acc{} : value);
+      simd::store<kLanes>(gradient.at(c) + k * kLanes, keep[k] == 0 ? nothing[k] : value);
     }
   }
   for (int i = 0; i < count; ++i) {

@@ -2,6 +2,8 @@
 #pragma once
 
 #include <algorithm>
+#include <initializer_list>
+#include <utility>
 
 #include "common/checks.h"
 #include "common/stable.h"
@@ -23,6 +25,17 @@ void dispatch_floating(ScalarType dtype, const char* op, const Body& body) {
     default:
       TORCHEXT_CHECK(false, op, ": expected dtype float32, float64, bfloat16 or float16, but got ",
                      torch::headeronly::toString(dtype));
+  }
+}
+
+// Refuses tensors that the kernels cannot read: other devices, and tensors without memory of their
+// own (lazy zeros, functional wrappers), whose callers come past the dispatcher.
+inline void check_memory(const char* op,
+                         std::initializer_list<std::pair<const char*, const Tensor*>> tensors) {
+  for (const auto& [name, tensor] : tensors) {
+    TORCHEXT_CHECK(tensor->is_cpu(), op, ": expected ", name, " on the CPU");
+    TORCHEXT_CHECK(tensor->numel() == 0 || tensor->const_data_ptr() != nullptr, op, ": expected ",
+                   name, " with memory of its own");
   }
 }
 

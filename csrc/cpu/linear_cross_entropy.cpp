@@ -155,6 +155,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> linear_cross_entropy_forward_
     const std::optional<Tensor>& linear_bias, const std::optional<Tensor>& weight,
     int64_t reduction, int64_t ignore_index, double label_smoothing, bool input_grad,
     bool linear_weight_grad, bool linear_bias_grad) {
+  check_memory("linear_cross_entropy",
+               {{"input", &input}, {"linear_weight", &linear_weight}, {"target", &target}});
+  if (linear_bias) check_memory("linear_cross_entropy", {{"linear_bias", &*linear_bias}});
+  if (weight) check_memory("linear_cross_entropy", {{"weight", &*weight}});
   const Problem problem{input,
                         linear_weight,
                         target,
@@ -199,7 +203,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> linear_cross_entropy_forward_
     if (none) {
       for (int64_t i = 0; i < rows; ++i) values[i] = static_cast<scalar_t>(losses[i]);
     } else {
-      if (problem.reduction == Reduction::kMean) total /= work.prepared.mass;
+      if (problem.reduction == Reduction::kMean) total = work.prepared.mean(total);
       *values = static_cast<scalar_t>(total);
     }
   });
@@ -212,6 +216,10 @@ std::tuple<Tensor, Tensor, Tensor> linear_cross_entropy_backward_cpu(
     const std::optional<Tensor>& weight, const Tensor& stats, int64_t reduction,
     int64_t ignore_index, double label_smoothing, bool input_grad, bool linear_weight_grad,
     bool linear_bias_grad) {
+  check_memory("linear_cross_entropy",
+               {{"input", &input}, {"linear_weight", &linear_weight}, {"target", &target}});
+  if (linear_bias) check_memory("linear_cross_entropy", {{"linear_bias", &*linear_bias}});
+  if (weight) check_memory("linear_cross_entropy", {{"weight", &*weight}});
   const Problem problem{input,
                         linear_weight,
                         target,

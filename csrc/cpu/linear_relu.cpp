@@ -109,6 +109,8 @@ Tensor as_matrix(const Tensor& tensor, int64_t rows, int64_t features) {
 
 Tensor linear_relu_forward_cpu(const Tensor& input, const Tensor& weight,
                                const std::optional<Tensor>& bias) {
+  check_memory("linear_relu", {{"input", &input}, {"weight", &weight}});
+  if (bias) check_memory("linear_relu", {{"bias", &*bias}});
   const LinearShape shape = check_linear_relu(input, weight, bias);
   auto sizes = sizes_of(input);
   sizes.back() = shape.out_features;
@@ -141,6 +143,9 @@ std::tuple<Tensor, Tensor, Tensor> linear_relu_backward_cpu(const Tensor& grad_o
                                                             const Tensor& input,
                                                             const Tensor& weight, bool input_grad,
                                                             bool weight_grad, bool bias_grad) {
+  check_memory(
+      "linear_relu_backward",
+      {{"grad_output", &grad_output}, {"output", &output}, {"input", &input}, {"weight", &weight}});
   const LinearShape shape = check_linear_relu(input, weight, std::nullopt);
   check_linear_relu_backward(grad_output, output, input, shape);
   const int64_t rows = shape.rows;

@@ -35,7 +35,7 @@ inline bool is_class_index(ScalarType dtype) {
 
 inline CrossEntropyShape check_cross_entropy(const Tensor& input, const Tensor& target,
                                              const std::optional<Tensor>& weight, int64_t reduction,
-                                             double label_smoothing) {
+                                             int64_t ignore_index, double label_smoothing) {
   TORCHEXT_CHECK(input.dim() >= 1,
                  "cross_entropy: expected input of shape (C), (N, C) or "
                  "(N, C, d1, ...), but got a tensor of no dimensions");
@@ -46,7 +46,8 @@ inline CrossEntropyShape check_cross_entropy(const Tensor& input, const Tensor& 
   TORCHEXT_CHECK_VALUE(reduction >= 0 && reduction <= 2,
                        "cross_entropy: expected reduction 0 (none), 1 (mean) or 2 (sum), but got ",
                        reduction);
-  TORCHEXT_CHECK(label_smoothing >= 0.0 && label_smoothing <= 1.0,
+  // Below 0 and NaN count as 0, as in torch.
+  TORCHEXT_CHECK(!(label_smoothing > 1.0),
                  "cross_entropy: expected "
                  "label_smoothing between 0.0 and 1.0, but got ",
                  label_smoothing);
@@ -56,8 +57,10 @@ inline CrossEntropyShape check_cross_entropy(const Tensor& input, const Tensor& 
   for (int64_t i = 2; i < input.dim(); ++i) shape.inner *= input.size(i);
 
   if (is_class_index(target.scalar_type())) {
-    // (C) goes with (), and as in torch with (1).
-    const bool unbatched = input.dim() == 1 && target.numel() == 1 && target.dim() <= 1;
+    // (C) goes with (), and as in torch with (1), which for one class has the shape of
+    // probabilities.
+    const bool unbatched = input.dim() == 1 && target.numel() == 1 &&
+                           (target.dim() == 0 || (target.dim() == 1 && shape.classes != 1));
     TORCHEXT_CHECK(unbatched || (input.dim() > 1 && target.dim() == input.dim() - 1),
                    "cross_entropy: expected target of class indices with one dimension less than "
                    "input, or of input's shape with class probabilities of a floating point dtype, "
@@ -75,6 +78,10 @@ inline CrossEntropyShape check_cross_entropy(const Tensor& input, const Tensor& 
     }
   } else {
     shape.probabilities = true;
+    TORCHEXT_CHECK(ignore_index < 0,
+                   "cross_entropy: expected no ignore_index with a target of class probabilities, "
+                   "but got ",
+                   ignore_index);
     TORCHEXT_CHECK(is_floating(target.scalar_type()),
                    "cross_entropy: expected target of class "
                    "indices (int64, int32, uint8) or of probabilities in a floating point dtype, "

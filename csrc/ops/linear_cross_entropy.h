@@ -39,7 +39,7 @@ inline LinearCrossEntropyShape check_linear_cross_entropy(
                  dtype_string(linear_weight));
   TORCHEXT_CHECK_VALUE(reduction >= 0 && reduction <= 2, kOp,
                        ": expected reduction 0 (none), 1 (mean) or 2 (sum), but got ", reduction);
-  TORCHEXT_CHECK(label_smoothing >= 0.0 && label_smoothing <= 1.0, kOp,
+  TORCHEXT_CHECK(!(label_smoothing > 1.0), kOp,
                  ": expected label_smoothing between 0.0 and 1.0, but got ", label_smoothing);
   const LinearCrossEntropyShape shape{input.size(0), input.size(1), linear_weight.size(0),
                                       !is_class_index(target.scalar_type())};

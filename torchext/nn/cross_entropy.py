@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
-from torchext.ops.cross_entropy import cross_entropy
+from torchext.ops.cross_entropy import cross_entropy, scripted
 
 
 class CrossEntropyLoss(nn.CrossEntropyLoss):
@@ -41,12 +42,22 @@ class CrossEntropyLoss(nn.CrossEntropyLoss):
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
         """Returns the loss of logits `input` against `target`."""
-        return cross_entropy(
-            input,
-            target,
-            weight=self.weight,
-            ignore_index=self.ignore_index,
-            reduction=self.reduction,
-            label_smoothing=self.label_smoothing,
-            inplace_backward=self.inplace_backward,
-        )
+        if torch.jit.is_scripting():  # type: ignore[attr-defined]
+            return scripted(
+                input,
+                target,
+                self.weight,
+                self.ignore_index,
+                self.reduction,
+                self.label_smoothing,
+            )
+        else:
+            return cross_entropy(
+                input,
+                target,
+                weight=self.weight,
+                ignore_index=self.ignore_index,
+                reduction=self.reduction,
+                label_smoothing=self.label_smoothing,
+                inplace_backward=self.inplace_backward,
+            )

@@ -26,7 +26,7 @@ from torchext.ops import cross_entropy_fake
 
 _PLAIN, _FLOATING = _backend.PLAIN, _backend.FLOATING
 _INDICES = frozenset({torch.int64, torch.int32, torch.uint8})
-_INT32 = torch.int32
+_INT64 = torch.int64
 _stock: Any = torch._C._nn.cross_entropy_loss
 # Below this, torch's own two nodes, in C++ both, cost less than one of ours in Python. Measured
 # forward and backward on 2 Zen 4 cores: even at 16 x 1000 and at 100 x 10 (rows x classes).
@@ -94,49 +94,71 @@ def cross_entropy(
         RuntimeError: where other shapes or dtypes do not go together.
         TypeError: where an argument is of another type.
     """
-    if torch.jit.is_scripting():  # type: ignore[attr-defined]
-        if size_average is not None or reduce is not None:
-            reduction = _reduction.legacy_get_string(size_average, reduce)
-        code = 1
-        if reduction == "none":
-            code = 0
-        elif reduction == "sum":
-            code = 2
-        elif reduction != "mean":
-            raise ValueError("cross_entropy: expected reduction none, mean or sum")
-        return torch.ops.torchext.cross_entropy_forward(  # type: ignore[no-any-return]
-            input, target, weight, code, ignore_index, label_smoothing, False
-        )[0]
-    else:
-        if size_average is not None or reduce is not None:
-            reduction = _reduction.legacy_get_string(size_average, reduce)
-        if has_torch_function_variadic(input, target, weight):
-            return handle_torch_function(
-                cross_entropy,
-                (input, target, weight),
-                input,
-                target,
-                weight,
-                ignore_index=ignore_index,
-                reduction=reduction,
-                label_smoothing=label_smoothing,
-                inplace_backward=inplace_backward,
+    if size_average is not None or reduce is not None:
+        reduction = _reduction.legacy_get_string(size_average, reduce)
+    if has_torch_function_variadic(input, target, weight):
+        return handle_torch_function(
+            cross_entropy,
+            (input, target, weight),
+            input,
+            target,
+            weight,
+            ignore_index=ignore_index,
+            reduction=reduction,
+            label_smoothing=label_smoothing,
+            inplace_backward=inplace_backward,
+        )
+    return _attempt(
+        input, target, weight, ignore_index, reduction, label_smoothing, inplace_backward
+    )
+
+
+def scripted(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    ignore_index: int,
+    reduction: str,
+    label_smoothing: float,
+) -> Tensor:
+    """The call as TorchScript takes it, for `torchext.nn.CrossEntropyLoss`.
+
+    TorchScript has no keyword-only arguments, so that `cross_entropy` cannot be scripted itself.
+    """
+    code = 1
+    if reduction == "none":
+        code = 0
+    elif reduction == "sum":
+        code = 2
+    return torch.ops.torchext.cross_entropy_forward(  # type: ignore[no-any-return]
+        input, target, weight, code, ignore_index, label_smoothing, False
+    )[0]
+
+
+def _attempt(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    ignore_index: int,
+    reduction: str,
+    label_smoothing: float,
+    inplace_backward: bool,
+) -> Tensor:
+    """The call, small ones by torch's own op; what raises is settled."""
+    try:
+        if (
+            _backend.may_choose()
+            and (target.dtype is _INT64 or target.dtype is input.dtype)
+            and input.numel() + 128 * target.numel() < _SMALL
+        ):
+            return _stock(  # type: ignore[no-any-return]
+                input, target, weight, _REDUCTIONS[reduction], ignore_index, label_smoothing
             )
-        try:
-            if (
-                target.dtype is not _INT32
-                and input.numel() + 128 * target.numel() < _SMALL
-                and _backend.may_choose()
-            ):
-                return _stock(  # type: ignore[no-any-return]
-                    input, target, weight, _REDUCTIONS[reduction], ignore_index, label_smoothing
-                )
-            return _cross_entropy(
-                input, target, weight, ignore_index, reduction, label_smoothing, inplace_backward
-            )
-        except Exception as error:
-            _explain(error, input, target, weight, ignore_index, reduction, label_smoothing)
-            raise
+        return _cross_entropy(
+            input, target, weight, ignore_index, reduction, label_smoothing, inplace_backward
+        )
+    except Exception as error:
+        return _settle(error, input, target, weight, ignore_index, reduction, label_smoothing)
 
 
 def _cross_entropy(
@@ -162,12 +184,14 @@ def _cross_entropy(
         or input.numel() == 0
     ):
         return _unusual(input, target, weight, ignore_index, reduction, label_smoothing)
+    if type(ignore_index) is bool:
+        raise TypeError
     code = _REDUCTIONS[reduction]
     if not (input.requires_grad and torch.is_grad_enabled()):
         return _kernel(input, target, weight, code, ignore_index, label_smoothing, False)[0]  # type: ignore[no-any-return]
     # In float16 a mean's gradient underflows before a loss scale can lift it: made in backward.
     one_pass = code != 0 and input.dtype is not torch.float16
-    if inplace_backward and one_pass and input.is_contiguous():
+    if inplace_backward and one_pass and input.is_contiguous() and _apart(input, target):
         return _inplace(input, target, weight, code, ignore_index, label_smoothing)
     return _differentiable(input, target, weight, code, ignore_index, label_smoothing, one_pass)
 
@@ -204,6 +228,12 @@ def _plain(input: Tensor, target: Tensor, weight: Tensor | None) -> bool:
     return not target.is_neg() and _served(input, target, weight)
 
 
+def _apart(input: Tensor, target: Tensor) -> bool:
+    """Whether overwriting the logits leaves the target alone."""
+    storages = (input.untyped_storage().data_ptr(), target.untyped_storage().data_ptr())
+    return storages[0] != storages[1]
+
+
 def _served(input: Tensor, target: Tensor, weight: Tensor | None) -> bool:
     """Whether the kernels serve these dtypes and gradients, or are the ones to refuse them."""
     if input.numel() == 0:
@@ -219,7 +249,7 @@ def _served(input: Tensor, target: Tensor, weight: Tensor | None) -> bool:
     )
 
 
-def _explain(
+def _settle(
     error: Exception,
     input: Any,
     target: Any,
@@ -227,8 +257,8 @@ def _explain(
     ignore_index: Any,
     reduction: Any,
     label_smoothing: Any,
-) -> None:
-    """Raises a clearer error of the same class in the place of `error`, where there is one."""
+) -> Tensor:
+    """Serves or refuses a call that raised `error`: see `_errors.settle`."""
     _errors.check_types(
         "cross_entropy",
         (
@@ -244,18 +274,15 @@ def _explain(
             f"cross_entropy: expected reduction to be one of {_NAMES}, but got {reduction!r}: "
             f"{reduction} is not a valid value for reduction"
         ) from None
-    if isinstance(error, NotImplementedError) and not input.is_floating_point():
-        raise NotImplementedError(
-            f"cross_entropy: expected input of a floating point dtype, but got {input.dtype}"
-        ) from None
     code = _REDUCTIONS[reduction]
-    _errors.explain(
+    return _errors.settle(
         error,
         "cross_entropy",
+        {"input": input, "target": target, "weight": weight},
+        lambda: reference.cross_entropy(
+            input, target, weight, ignore_index, reduction, label_smoothing
+        ),
         lambda: _kernel(input, target, weight, code, ignore_index, label_smoothing, False),
-        input,
-        target,
-        weight,
     )
 
 
@@ -268,7 +295,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 
 def _backward(ctx: Any, grad_loss: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:
     input, target, weight, saved = ctx.saved_tensors
-    if _autograd.wants_reference():
+    if _autograd.wants_reference(grad_loss):
         reduction, ignore_index, label_smoothing = ctx.options
 
         def loss(logits: Tensor) -> Tensor:
@@ -309,7 +336,7 @@ class _Inplace(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:  # noqa: D102
-        if _autograd.wants_reference():
+        if _autograd.wants_reference(grad_loss):
             raise RuntimeError(
                 "cross_entropy: a second derivative needs the logits, but inplace_backward=True "
                 "overwrote them; call it with inplace_backward=False"

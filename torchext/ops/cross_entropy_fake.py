@@ -1,6 +1,6 @@
 """Shapes, dtypes and strides of cross_entropy's registered operators, for fake tensors.
 
-The loss comes from the eager definition, so that shapes that do not go together raise here as well.
+The eager definition is called too, so that shapes that do not go together raise here as well.
 """
 
 from __future__ import annotations
@@ -15,8 +15,16 @@ REDUCTIONS = ("none", "mean", "sum")
 
 def _empty_gradient(input: Tensor) -> Tensor:
     """The kernels' layout of a gradient: the logits' own, as far as it is dense."""
-    if input.dim() == 2 and input.stride(0) == 1 and input.stride(1) != 1:
-        return input.new_empty_strided(input.shape, (1, input.shape[0]))
+    if (
+        input.dim() >= 2
+        and input.shape[1] != 1
+        and input.stride(1) != 1
+        and input.stride(0) == 1
+        and all(size == 1 for size in input.shape[2:])
+    ):
+        rows, classes = input.shape[:2]
+        strides = (1, rows, *[rows * classes] * (input.dim() - 2))
+        return input.new_empty_strided(input.shape, strides)
     if input.dim() > 2 and input.stride(1) == 1 and input.shape[1] != 1 and _one_stride(input):
         last = [input.shape[0], *input.shape[2:], input.shape[1]]
         return input.new_empty(last).movedim(-1, 1)
@@ -46,7 +54,10 @@ def forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Returns loss, stats and gradient."""
     name = REDUCTIONS[reduction]
-    loss = reference.cross_entropy(input, target, weight, ignore_index, name, label_smoothing)
+    reference.cross_entropy(input, target, weight, ignore_index, name, label_smoothing)
+    # The shape is ours: with symbolic sizes, stock's fake loss of reduction none is a scalar.
+    rows = input.shape[:0] if input.dim() == 1 else input.shape[:1] + input.shape[2:]
+    loss = input.new_empty(rows if reduction == 0 else ())
     wide = torch.float64 if input.dtype == torch.float64 else torch.float32
     classes = input.shape[0 if input.dim() == 1 else 1]
     positions = 0 if save_gradient else input.numel() // classes

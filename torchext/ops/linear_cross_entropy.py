@@ -97,8 +97,7 @@ def linear_cross_entropy(
     try:
         return _linear_cross_entropy(*arguments)
     except Exception as error:
-        _explain(error, *arguments)
-        raise
+        return _settle(error, *arguments)
 
 
 def _linear_cross_entropy(
@@ -186,7 +185,7 @@ def _served(
     return True
 
 
-def _explain(
+def _settle(
     error: Exception,
     input: Any,
     linear_weight: Any,
@@ -196,8 +195,8 @@ def _explain(
     reduction: Any,
     ignore_index: Any,
     label_smoothing: Any,
-) -> None:
-    """Raises a clearer error of the same class in the place of `error`, where there is one."""
+) -> Tensor:
+    """Serves or refuses a call that raised `error`: see `_errors.settle`."""
     op = "linear_cross_entropy"
     _errors.check_types(
         op,
@@ -218,8 +217,29 @@ def _explain(
         ) from None
     ignored = -100 if ignore_index is None else ignore_index
     options = (_CODES[reduction], ignored, label_smoothing, False, False, False)
-    tensors = (input, linear_weight, target, linear_bias, weight)
-    _errors.explain(error, op, lambda: _kernel(*tensors, *options), *tensors)
+    tensors = {
+        "input": input,
+        "linear_weight": linear_weight,
+        "target": target,
+        "linear_bias": linear_bias,
+        "weight": weight,
+    }
+    return _errors.settle(
+        error,
+        op,
+        tensors,
+        lambda: reference.linear_cross_entropy(
+            input,
+            linear_weight,
+            target,
+            linear_bias,
+            weight,
+            reduction,
+            ignore_index,
+            label_smoothing,
+        ),
+        lambda: _kernel(*tensors.values(), *options),
+    )
 
 
 def _fake_gradients(
@@ -243,7 +263,7 @@ def _fake_forward(
     label_smoothing: float,
     *wanted: bool,
 ) -> tuple[Tensor, ...]:
-    loss = reference.cross_entropy(
+    reference.cross_entropy(  # raises where shapes do not go together
         torch.nn.functional.linear(input, linear_weight, linear_bias),
         target,
         weight,
@@ -251,6 +271,7 @@ def _fake_forward(
         REDUCTIONS[reduction],
         label_smoothing,
     )
+    loss = input.new_empty(input.shape[:1] if reduction == 0 else ())
     wide = torch.float64 if input.dtype == torch.float64 else torch.float32
     stats = input.new_empty((2, input.shape[0]), dtype=wide)
     return loss, stats, *_fake_gradients(input, linear_weight, wanted)
@@ -274,7 +295,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 def _backward(ctx: Any, grad_loss: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:
     input, linear_weight, target, linear_bias, weight, stats, *saved = ctx.saved_tensors
     needed = (*ctx.needs_input_grad[:2], ctx.needs_input_grad[3])
-    if _autograd.wants_reference():
+    if _autograd.wants_reference(grad_loss):
         reduction, ignore_index, label_smoothing = ctx.options
 
         def loss(x: Tensor, w: Tensor, b: Tensor | None) -> Tensor:

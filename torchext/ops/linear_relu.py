@@ -55,20 +55,26 @@ def linear_relu(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Te
         RuntimeError: where shapes or dtypes do not go together.
     """
     if torch.jit.is_scripting():  # type: ignore[attr-defined]
+        if weight.dim() != 2:
+            return torch.relu(torch.nn.functional.linear(input, weight, bias))
         return torch.ops.torchext.linear_relu_forward(input, weight, bias)  # type: ignore[no-any-return]
     else:
         if has_torch_function_variadic(input, weight, bias):
             return handle_torch_function(linear_relu, (input, weight, bias), input, weight, bias)
-        try:
-            return _linear_relu(input, weight, bias)
-        except Exception as error:
-            _explain(error, input, weight, bias)
-            raise
+        return _attempt(input, weight, bias)
+
+
+def _attempt(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """The call, small ones by torch's own ops; what raises is settled."""
+    try:
+        if _backend.may_choose() and input.numel() * weight.shape[0] < _SMALL:
+            return torch.relu(_stock(input, weight, bias))
+        return _linear_relu(input, weight, bias)
+    except Exception as error:
+        return _settle(error, input, weight, bias)
 
 
 def _linear_relu(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    if input.numel() * weight.shape[0] < _SMALL and _backend.may_choose():
-        return torch.relu(_stock(input, weight, bias))
     if (
         not _backend.ordinary()
         or type(input) not in _PLAIN
@@ -100,8 +106,8 @@ def _unusual(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return torch.ops.torchext.linear_relu_forward(input, weight, bias)  # type: ignore[no-any-return]
 
 
-def _explain(error: Exception, input: Any, weight: Any, bias: Any) -> None:
-    """Raises a clearer error of the same class in the place of `error`, where there is one."""
+def _settle(error: Exception, input: Any, weight: Any, bias: Any) -> Tensor:
+    """Serves or refuses a call that raised `error`: see `_errors.settle`."""
     _errors.check_types(
         "linear_relu",
         (
@@ -110,7 +116,13 @@ def _explain(error: Exception, input: Any, weight: Any, bias: Any) -> None:
             ("bias", bias, _errors.OPTIONAL_TENSOR),
         ),
     )
-    _errors.explain(error, "linear_relu", lambda: _kernel(input, weight, bias), input, weight, bias)
+    return _errors.settle(
+        error,
+        "linear_relu",
+        {"input": input, "weight": weight, "bias": bias},
+        lambda: reference.linear_relu(input, weight, bias),
+        lambda: _kernel(input, weight, bias),
+    )
 
 
 def _fake_forward(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -141,7 +153,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 def _backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
     input, weight, bias, output = ctx.saved_tensors
     needed = ctx.needs_input_grad
-    if _autograd.wants_reference():
+    if _autograd.wants_reference(grad_output):
         return _autograd.reference_gradients(
             reference.linear_relu, (input, weight, bias), needed, grad_output
         )

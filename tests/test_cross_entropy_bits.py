@@ -1,0 +1,203 @@
+"""cross_entropy to the bit (threads, batches, runs), and as a property over random calls."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.nn import functional as F
+
+import torchext
+from torchext.testing import TOLERANCES, assert_drop_in
+
+Result = tuple[Tensor, Tensor]
+
+
+def loss_and_gradient(logits: Tensor, target: Tensor, **options: Any) -> Result:
+    logits = logits.detach().requires_grad_()
+    loss = torchext.cross_entropy(logits, target, **options)
+    upstream = torch.linspace(-1, 2, loss.numel(), dtype=loss.dtype).reshape(loss.shape)
+    (gradient,) = torch.autograd.grad(loss, logits, upstream if loss.dim() else None)
+    return loss.detach(), gradient
+
+
+def assert_same_bits(left: Result, right: Result) -> None:
+    for a, b in zip(left, right, strict=True):
+        assert torch.equal(a, b)
+
+
+def rows(batch: int, classes: int, dtype: torch.dtype) -> Tensor:
+    return 3 * torch.randn(batch, classes, dtype=dtype)
+
+
+def columns(batch: int, classes: int, dtype: torch.dtype) -> Tensor:
+    return 3 * torch.randn(classes, batch, dtype=dtype).t()
+
+
+def images(batch: int, classes: int, dtype: torch.dtype) -> Tensor:
+    return 3 * torch.randn(batch, classes, 7, dtype=dtype)
+
+
+MAKERS = [rows, columns, images]
+Maker = Callable[[int, int, torch.dtype], Tensor]
+
+
+def target_for(logits: Tensor, kind: str) -> Tensor:
+    if kind == "probabilities":
+        return torch.randn(logits.shape).softmax(1).to(logits.dtype)
+    target = torch.randint(logits.shape[1], (logits.shape[0], *logits.shape[2:]))
+    target[1::5] = -100
+    return target
+
+
+@pytest.mark.parametrize("maker", MAKERS)
+@pytest.mark.parametrize("kind", ["indices", "probabilities"])
+@pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
+def test_any_number_of_threads_gives_the_same_bits(
+    threads: None, dtype: torch.dtype, maker: Maker, kind: str, reduction: str
+) -> None:
+    logits = maker(301, 700, dtype)
+    target = target_for(logits, kind)
+    weight = torch.rand(700).to(dtype)
+    results = []
+    with torchext.use_backend("native"):
+        for count in (1, 2, 3, 2):
+            torch.set_num_threads(count)
+            results.append(
+                loss_and_gradient(
+                    logits, target, weight=weight, reduction=reduction, label_smoothing=0.1
+                )
+            )
+    for result in results[1:]:
+        assert_same_bits(results[0], result)
+
+
+@pytest.mark.parametrize("maker", MAKERS)
+@pytest.mark.parametrize("kind", ["indices", "probabilities"])
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("classes", [5, 64, 2500])
+def test_a_row_has_the_same_bits_in_any_batch(
+    dtype: torch.dtype, maker: Maker, kind: str, smoothing: float, classes: int
+) -> None:
+    """The loss of each row and, of a sum, its gradient; forward with and without a gradient."""
+    logits = maker(75, classes, dtype)
+    target = target_for(logits, kind)
+    options = {"label_smoothing": smoothing, "reduction": "sum"}
+    with torchext.use_backend("native"):
+        kept = {**options, "reduction": "none"}
+        losses = torchext.cross_entropy(logits, target, **kept)
+        gradient = loss_and_gradient(logits, target, **options)[1]
+        for part in (slice(0, 1), slice(3, 4), slice(5, 22), slice(66, 75), slice(0, 64)):
+            x, t = logits[part], target[part]
+            assert torch.equal(torchext.cross_entropy(x, t, **kept), losses[part])
+            assert torch.equal(loss_and_gradient(x, t, **options)[1], gradient[part])
+            assert torch.equal(loss_and_gradient(x, t, **kept)[0], losses[part])
+
+
+def test_the_loss_is_the_same_with_and_without_a_gradient(dtype: torch.dtype) -> None:
+    for maker in MAKERS:
+        logits = maker(33, 65, dtype)
+        target = target_for(logits, "indices")
+        with torchext.use_backend("native"):
+            for reduction in ("none", "mean", "sum"):
+                loss = torchext.cross_entropy(logits, target, reduction=reduction)
+                again = loss_and_gradient(logits, target, reduction=reduction)[0]
+                assert torch.equal(loss, again)
+
+
+def test_small_probabilities_have_their_relative_precision() -> None:
+    """A gradient far below the largest one is as precise as stock's, not only as small."""
+    for maker in MAKERS:
+        logits = maker(9, 400, torch.float32) * 5
+        target = target_for(logits, "indices")
+        exact = torch.zeros_like(logits, dtype=torch.float64).copy_(logits).requires_grad_()
+        F.cross_entropy(exact, target, reduction="sum").backward()
+        with torchext.use_backend("native"):
+            gradient = loss_and_gradient(logits, target, reduction="sum")[1]
+        torch.testing.assert_close(gradient.double(), exact.grad, rtol=2e-5, atol=1e-36)
+
+
+@pytest.mark.parametrize("index", [-(2**63), 2**63 - 1, -1, 2**32, -(2**32), 5, 6])
+@pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
+def test_a_class_out_of_range_touches_no_memory(backend: str, index: int, reduction: str) -> None:
+    for shape in [(4, 5), (4, 5, 3)]:
+        logits = torch.randn(shape)
+        target = torch.zeros(shape[0], *shape[2:], dtype=torch.int64)
+        target[2] = index
+        for x in (logits, logits.clone().requires_grad_()):
+            for smoothing in (0.0, 0.5):
+                with pytest.raises(IndexError, match=str(index)):
+                    torchext.cross_entropy(
+                        x, target, reduction=reduction, label_smoothing=smoothing
+                    )
+        # The same number as ignore_index is no class, and no error.
+        options: dict[str, Any] = {"ignore_index": index, "reduction": reduction}
+        assert_drop_in(
+            torchext.cross_entropy, F.cross_entropy, logits.requires_grad_(), target, **options
+        )
+
+
+def test_backward_of_the_registered_op_checks_the_classes_too() -> None:
+    logits, target = torch.randn(3, 4), torch.tensor([0, 1, 4])
+    for grad_output, reduction in ((torch.tensor(1.0), 1), (torch.ones(3), 0)):
+        with pytest.raises(IndexError, match="4"):
+            torch.ops.torchext.cross_entropy_backward(
+                grad_output, logits, target, None, torch.zeros(2, 3), reduction, -100, 0.0
+            )
+
+
+@st.composite
+def calls(draw: st.DrawFn) -> tuple[Tensor, Tensor, dict[str, Any]]:
+    """Logits of any shape and strides, a target and options."""
+    dims = draw(st.integers(1, 4))
+    shape = [draw(st.integers(1, 9)) for _ in range(dims)]
+    class_dim = min(dims - 1, 1)
+    shape[class_dim] = draw(st.sampled_from([1, 2, 7, 16, 33, 130, 2049]))
+    torch.manual_seed(draw(st.integers(0, 2**32 - 1)))
+    dtype = draw(st.sampled_from(list(TOLERANCES)))
+    scale = draw(st.sampled_from([0.1, 1.0, 10.0]))
+    logits = relaid(draw, (scale * torch.randn(shape)).to(dtype))
+    options: dict[str, Any] = {"reduction": draw(st.sampled_from(["none", "mean", "sum"]))}
+    options["label_smoothing"] = draw(st.sampled_from([0.0, 0.0, 0.1, 0.9, 1.0]))
+    if draw(st.booleans()):
+        options["weight"] = relaid(draw, (0.1 + torch.rand(shape[class_dim])).to(dtype))
+    if draw(st.booleans()):
+        target = torch.randn(shape).softmax(class_dim).to(dtype)
+    else:
+        positions = shape[:1] * class_dim + shape[2:]
+        target = torch.randint(shape[class_dim], positions)
+        if draw(st.booleans()):
+            options["ignore_index"] = draw(st.sampled_from([0, shape[class_dim] - 1]))
+    return logits, relaid(draw, target), options
+
+
+def relaid(draw: st.DrawFn, x: Tensor) -> Tensor:
+    """The same values in another order, with gaps, or from an offset on."""
+    order = draw(st.permutations(range(x.dim())))
+    step, offset = draw(st.sampled_from([(1, 0), (1, 0), (2, 0), (1, 3), (3, 1)]))
+    sizes = [x.shape[i] for i in order]
+    gap = draw(st.integers(0, x.dim() - 1)) if x.dim() else 0
+    extent = [offset + step * size if i == gap else size for i, size in enumerate(sizes)]
+    window = large = x.new_full(extent, 9)
+    if x.dim():
+        window = large.narrow(gap, offset, step * sizes[gap])
+        window = window[(slice(None),) * gap + (slice(None, None, step),)]
+    window = window.permute([order.index(i) for i in range(x.dim())])
+    return window.copy_(x)
+
+
+@settings(max_examples=50)
+@given(call=calls())
+def test_any_call_is_as_close_to_the_truth_as_stock(
+    call: tuple[Tensor, Tensor, dict[str, Any]],
+) -> None:
+    logits, target, options = call
+    with torchext.use_backend("native"):
+        assert_drop_in(
+            torchext.cross_entropy, F.cross_entropy, logits.requires_grad_(), target, **options
+        )
