@@ -29,6 +29,9 @@ train: setup  ## train 784-64-10 on the embedded digits; options in ARGS="..."
 test: setup  ## run the tests; pytest's options in ARGS="..."
 	$(BIN)/python -m pytest $(ARGS)
 
+bench: setup  ## benchmarks on this machine, into benchmarks/results/; options in ARGS="..."
+	$(BIN)/python -m benchmarks --quick $(ARGS)
+
 lint: setup  ## ruff, clang-format, mypy
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .

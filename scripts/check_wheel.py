@@ -1,4 +1,4 @@
-"""Checks a built wheel: its tags, what it ships, and that it links to nothing but torch's stable ABI.
+"""Checks a built wheel: its tags, what it ships, and that it needs only torch's stable ABI.
 
 Usage: python scripts/check_wheel.py dist/torchext-*.whl
 """

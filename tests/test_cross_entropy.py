@@ -301,7 +301,7 @@ def test_scaled_float16_gradient_of_a_mean_does_not_underflow(backend: str, devi
     (gradient,) = torch.autograd.grad(scaled, logits, torch.ones_like(scaled))
     truth = logits.detach().double().requires_grad_()
     (exact,) = torch.autograd.grad(F.cross_entropy(truth, target) * 2.0**15, truth)
-    if backend != "eager":  # torch's own op, which rounds the gradient of the mean first, loses some
+    if backend != "eager":  # torch's own op rounds the gradient of the mean first, and loses some
         torch.testing.assert_close(gradient.double(), exact, rtol=2e-3, atol=2e-6)
     with torch.autocast(device, torch.float16):
         loss = torchext.cross_entropy(logits, target)

@@ -21,6 +21,7 @@ from torchext import _backend
 SetupContext = Callable[[Any, tuple[Any, ...], Any], None]
 Backward = Callable[..., Any]
 
+_hooks = torch._C._autograd._top_saved_tensors_default_hooks
 _is_batched = torch._C._functorch.is_legacy_batchedtensor
 _CPU = torch._C.DispatchKeySet(torch._C.DispatchKey.CPU)
 
@@ -54,19 +55,24 @@ def define(
     torch.library.register_autograd(op._name, backward, setup_context=setup_operator)
     run = kernel(op)
 
-    class Eager(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx: Any, *args: Any) -> Tensor:
-            output = run(*args)
-            ctx.owned = True
-            setup_context(ctx, args, output)
-            result: Tensor = output[0] if several else output
-            return result
-
     several = len(op._schema.returns) > 1
-    Eager.backward = staticmethod(backward)  # type: ignore[method-assign]
-    Eager.__name__ = Eager.__qualname__ = op._name  # as the profiler shows it
-    return fast_apply(Eager)
+
+    def forward(ctx: Any, *args: Any) -> Tensor:
+        output = run(*args)
+        ctx.owned = not kept_by_hooks()
+        setup_context(ctx, args, output)
+        result: Tensor = output[0] if several else output
+        return result
+
+    # By the metaclass, so that the profiler and anomaly mode show the op's name.
+    members = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
+    make: Any = type(torch.autograd.Function)
+    return fast_apply(make(op._opname, (torch.autograd.Function,), members))
+
+
+def kept_by_hooks() -> bool:
+    """Whether saved-tensor hooks are in force: what they keep must not be overwritten."""
+    return _hooks(False) is not None
 
 
 def fast_apply(function: type[torch.autograd.Function]) -> Callable[..., Tensor]:

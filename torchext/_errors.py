@@ -10,6 +10,10 @@ from torch import Tensor
 
 from torchext import _backend, _native
 
+# What a bad call raises, in torch or in Python. Nothing else is caught: torch.utils.checkpoint ends
+# a recomputation by an exception of its own.
+REFUSALS = (RuntimeError, ValueError, TypeError, LookupError, AttributeError)
+
 TENSOR: tuple[type, ...] = (Tensor,)
 OPTIONAL_TENSOR: tuple[type, ...] = (Tensor, type(None))
 INT: tuple[type, ...] = (int, torch.SymInt)
@@ -64,7 +68,7 @@ def settle(
         raise error  # a class out of range, found before anything was computed
     try:
         return reference()
-    except Exception as refusal:
+    except REFUSALS as refusal:
         stock = refusal
     if not ours:
         words = _words(op, tensors, kernel)
@@ -89,6 +93,6 @@ def _words(op: str, tensors: Mapping[str, Tensor | None], kernel: Callable[[], o
     try:
         with torch.no_grad():
             kernel()
-    except Exception as refusal:
+    except REFUSALS as refusal:
         return str(refusal)
     return ""

@@ -44,7 +44,7 @@ class Trainer:
         device: str,
     ) -> None:
         torch.manual_seed(seed)
-        self.model = _make_model(model).to(device)
+        self.model = make_model(model).to(device)
         self.loss_function = _make_loss(model)
         self.optimizer = torch.optim.SGD(self.model.parameters(), lr=lr, momentum=momentum)
         self.batches = Batches(
@@ -110,7 +110,15 @@ class Trainer:
         self.optimizer.load_state_dict(optimizer_state)
 
 
-def _make_model(model: str) -> nn.Sequential:
+def make_model(model: str) -> nn.Sequential:
+    """Make 784-64-10.
+
+    Args:
+        model: ``"fused"`` for torchext's layers, ``"stock"`` for PyTorch's.
+
+    Returns:
+        The network; its parameters' names and start do not depend on ``model``.
+    """
     if model == "stock":
         layers = [
             ("hidden", nn.Linear(PIXELS, HIDDEN)),

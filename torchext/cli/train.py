@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 import torchext
+from torchext.cli.export import KINDS, ExportError, export_network
 from torchext.cli.loop import PIXELS, Trainer
 from torchext.cli.run_folder import (
     Checkpoint,
@@ -83,22 +84,25 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "--epochs counts from its start",
         metavar="DIR|FILE",
     )
+    add("export", "write the trained network for use without Python as well", choices=KINDS)
 
 
 def run(given: dict[str, Any]) -> int:
     """Train as the options say.
 
     Args:
-        given: the options that were given, by their names in ``Settings``, and ``resume``.
+        given: the options that were given, by their names in ``Settings``, ``resume`` and
+            ``export``.
 
     Returns:
         The exit code: 0, 1 if the training diverged, 2 for a wrong option or file, 130 for Ctrl-C.
     """
+    export = given.pop("export", None)
     try:
-        return _train(*_settle(given))
+        return _train(*_settle(given), export)
     except KeyboardInterrupt:
         return _complain("interrupted", code=130)
-    except (TrainError, IdxError, CheckpointError, OSError) as error:
+    except (TrainError, IdxError, CheckpointError, ExportError, OSError) as error:
         if isinstance(error, OSError) and error.strerror:
             where = f"{error.filename}: " if error.filename else ""
             return _complain(f"error: {where}{error.strerror}")
@@ -142,7 +146,7 @@ def _settings_in(path: Path, checkpoint: Checkpoint) -> Settings:
     return Settings(**stored)
 
 
-def _train(settings: Settings, previous: tuple[Path, Checkpoint] | None) -> int:
+def _train(settings: Settings, previous: tuple[Path, Checkpoint] | None, export: str | None) -> int:
     digits = load_digits(settings.data)
     pixels = digits.train_images[0].numel()
     if pixels != PIXELS:
@@ -200,7 +204,11 @@ def _train(settings: Settings, previous: tuple[Path, Checkpoint] | None) -> int:
         stopped = "interrupted"
     finally:
         bar.close()
-    return _finish(settings, latest, time.perf_counter() - started, stopped)
+    code = _finish(settings, latest, time.perf_counter() - started, stopped)
+    if export is not None and code == 0:
+        name = export_network(export, settings.model, latest["weights"], out)
+        print(f"exported: {out / name}", flush=True)
+    return code
 
 
 def _restore(trainer: Trainer, path: Path, checkpoint: Checkpoint, data_sum: int) -> None:

@@ -157,7 +157,7 @@ def _attempt(
         return _cross_entropy(
             input, target, weight, ignore_index, reduction, label_smoothing, inplace_backward
         )
-    except Exception as error:
+    except _errors.REFUSALS as error:
         return _settle(error, input, target, weight, ignore_index, reduction, label_smoothing)
 
 
@@ -331,6 +331,7 @@ class _Inplace(torch.autograd.Function):
         # What saved the logits before this must not use them again, and backward must not use a
         # gradient that was changed after it.
         torch.autograd.graph.increment_version(input)
+        ctx.owned = not _autograd.kept_by_hooks()
         ctx.save_for_backward(input.detach())
         return loss
 
@@ -342,7 +343,7 @@ class _Inplace(torch.autograd.Function):
                 "overwrote them; call it with inplace_backward=False"
             )
         (gradient,) = ctx.saved_tensors
-        (grad_input,) = _autograd.scaled((gradient,), grad_loss, True)
+        (grad_input,) = _autograd.scaled((gradient,), grad_loss, ctx.owned)
         return grad_input, None, None, None, None, None
 
 

@@ -96,7 +96,7 @@ def linear_cross_entropy(
     arguments = (*tensors, reduction, ignore_index, label_smoothing)
     try:
         return _linear_cross_entropy(*arguments)
-    except Exception as error:
+    except _errors.REFUSALS as error:
         return _settle(error, *arguments)
 
 

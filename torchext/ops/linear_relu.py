@@ -70,7 +70,7 @@ def _attempt(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         if _backend.may_choose() and input.numel() * weight.shape[0] < _SMALL:
             return torch.relu(_stock(input, weight, bias))
         return _linear_relu(input, weight, bias)
-    except Exception as error:
+    except _errors.REFUSALS as error:
         return _settle(error, input, weight, bias)
 
 

@@ -1,0 +1,129 @@
+"""Linear + cross-entropy, against its GEMMs alone: logits, input's gradient, weight's gradient."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks import peers, under_pytest
+from benchmarks.case import Case, Inputs, Op, training_factor
+from benchmarks.providers import PlainTask, Provider, Task
+from torchext import reference
+
+# (rows, features, classes)
+_SMALL, _MIDDLE, _BASE = (128, 64, 1000), (512, 256, 8000), (1024, 512, 16000)
+_LARGE = (2048, 512, 32000)
+_GPU_HEAD = (4096, 128256)
+
+
+class LinearCrossEntropy(Op):
+    name = "linear_cross_entropy"
+    shape_syntax = "ROWSxFEATURESxCLASSES"
+    limit_name = "its GEMMs alone (torch.mm, logits into a ready buffer)"
+    memory_axis = 2
+    plot_size_label = "logits (rows x classes)"
+
+    @property
+    def reference(self) -> Callable[..., Tensor]:
+        return _reference
+
+    def presets(self, full: bool, device: str) -> list[Case]:
+        if device != "cpu":
+            rows = (2048, 4096, 8192) if full else (8192,)
+            return [Case(self.name, (count, *_GPU_HEAD), "bfloat16") for count in rows]
+        cases = [Case(self.name, shape) for shape in (_SMALL, _MIDDLE, _BASE)]
+        if full:
+            cases.append(Case(self.name, _LARGE))
+            cases.append(Case(self.name, _LARGE, direction="fwd"))
+            cases.append(Case(self.name, _BASE, "bfloat16"))
+            cases.append(Case(self.name, _MIDDLE, options=(("reduction", "none"),)))
+            cases.append(Case(self.name, _MIDDLE, options=(("label_smoothing", 0.1),)))
+        return cases
+
+    def memory_presets(self, full: bool, device: str) -> list[Case]:
+        classes = (2000, 8000, 32000, 128000) if full else (2000, 8000, 32000)
+        if device != "cpu":
+            return [Case(self.name, (8192, 4096, count), "bfloat16") for count in classes]
+        rows, features = (2048, 512) if full else (1024, 256)
+        return [Case(self.name, (rows, features, count)) for count in classes]
+
+    def tiny(self) -> Case:
+        return Case(self.name, (1, 8, 8))
+
+    def accepts(self, shape: Sequence[int]) -> bool:
+        return len(shape) == 3
+
+    def inputs(self, case: Case, generator: torch.Generator) -> Inputs:
+        rows, features, classes = case.shape
+
+        def normal(*shape: int, scale: float = 1.0) -> Tensor:
+            values = torch.randn(shape, generator=generator, device=case.device) * scale
+            return values.to(case.torch_dtype).requires_grad_()
+
+        target = torch.randint(classes, (rows,), generator=generator, device=case.device)
+        args: dict[str, Tensor | None] = {
+            "input": normal(rows, features),
+            "linear_weight": normal(classes, features, scale=features**-0.5),
+            "target": target,
+        }
+        upstream = torch.ones((), device=case.device, dtype=case.torch_dtype)
+        options = dict(case.options)
+        if options.get("reduction") == "none":
+            weights = torch.rand(rows, generator=generator, device=case.device)
+            upstream = weights.to(case.torch_dtype)
+        return Inputs(args, upstream, options)
+
+    def elements(self, case: Case) -> int:
+        rows, _, classes = case.shape
+        return rows * classes
+
+    def flops(self, case: Case) -> int:
+        rows, features, classes = case.shape
+        return training_factor(case.direction, 1, 2) * 2 * rows * features * classes
+
+    def limit(self, case: Case, sets: Sequence[Inputs]) -> Task:
+        rows, _, classes = case.shape
+        logits = torch.empty(rows, classes, dtype=case.torch_dtype, device=case.device)
+        logits.normal_()
+
+        def forward(input: Tensor, weight: Tensor) -> object:
+            return torch.mm(input, weight.t(), out=logits)
+
+        def backward(input: Tensor, weight: Tensor) -> object:
+            return torch.mm(logits, weight), torch.mm(logits.t(), input)
+
+        def both(input: Tensor, weight: Tensor) -> object:
+            return forward(input, weight), backward(input, weight)
+
+        work = {"fwd": forward, "bwd": backward, "fwd+bwd": both}[case.direction]
+        return PlainTask(work, [inputs.positional[:2] for inputs in sets])
+
+    def peers(self) -> list[Provider]:
+        return [
+            peers.torch_chunked(),
+            peers.liger_linear_cross_entropy(),
+            peers.cut_cross_entropy(),
+            peers.quack_linear_cross_entropy(),
+            peers.jax(_jax_linear_cross_entropy),
+        ]
+
+
+def _reference(input: Tensor, linear_weight: Tensor, target: Tensor, **options: Any) -> Tensor:
+    logits = torch.nn.functional.linear(input, linear_weight)
+    return reference.cross_entropy(logits, target, **options)
+
+
+def _jax_linear_cross_entropy(jax: Any, input: Any, linear_weight: Any, target: Any) -> Any:
+    log_p = jax.nn.log_softmax(input @ linear_weight.T, axis=1)
+    return -jax.numpy.take_along_axis(log_p, target[:, None], axis=1).mean()
+
+
+OP = LinearCrossEntropy()
+
+
+@under_pytest.parametrize(OP)
+def test_linear_cross_entropy(benchmark: Any, case: Case, provider: str) -> None:
+    under_pytest.measure(benchmark, OP, case, provider)

@@ -1,0 +1,98 @@
+// Modules over the fused ops: drop-ins for their torch::nn namesakes.
+#pragma once
+
+#include <torch/enum.h>
+#include <torch/nn/cloneable.h>
+#include <torch/nn/init.h>
+#include <torch/nn/options/linear.h>
+#include <torch/nn/options/loss.h>
+#include <torch/nn/pimpl.h>
+#include <torch/types.h>
+
+#include <cmath>
+#include <cstdint>
+#include <ostream>
+
+#include <torchext/autograd.h>
+
+namespace torchext::nn {
+
+using LinearReLUOptions = torch::nn::LinearOptions;
+using CrossEntropyLossOptions = torch::nn::CrossEntropyLossOptions;
+
+// relu(input @ weight.T + bias), with the options, parameters and initialisation of
+// torch::nn::Linear.
+//
+//   LinearReLU hidden(784, 64);
+//   LinearReLU hidden(LinearReLUOptions(784, 64).bias(false));
+//
+// Not derived from it: clone() of a class derived from torch::nn::LinearImpl makes a Linear.
+class LinearReLUImpl : public torch::nn::Cloneable<LinearReLUImpl> {
+ public:
+  LinearReLUImpl(int64_t in_features, int64_t out_features)
+      : LinearReLUImpl(LinearReLUOptions(in_features, out_features)) {}
+  explicit LinearReLUImpl(const LinearReLUOptions& options_) : options(options_) {
+    LinearReLUImpl::reset();
+  }
+
+  void reset() override {
+    weight =
+        register_parameter("weight", torch::empty({options.out_features(), options.in_features()}));
+    bias = register_parameter("bias",
+                              options.bias() ? torch::empty(options.out_features()) : at::Tensor(),
+                              /*requires_grad=*/options.bias());
+    reset_parameters();
+  }
+
+  void reset_parameters() {
+    torch::nn::init::kaiming_uniform_(weight, std::sqrt(5));
+    if (bias.defined()) {
+      const double bound = 1 / std::sqrt(options.in_features());
+      torch::nn::init::uniform_(bias, -bound, bound);
+    }
+  }
+
+  void pretty_print(std::ostream& stream) const override {
+    stream << "torchext::nn::LinearReLU(in_features=" << options.in_features()
+           << ", out_features=" << options.out_features()
+           << ", bias=" << (options.bias() ? "true" : "false") << ")";
+  }
+
+  // input (*, in_features), result (*, out_features)
+  at::Tensor forward(const at::Tensor& input) { return linear_relu(input, weight, bias); }
+
+  LinearReLUOptions options;
+  at::Tensor weight;  // (out_features, in_features)
+  at::Tensor bias;    // (out_features), or undefined
+};
+TORCH_MODULE(LinearReLU);
+
+// The cross-entropy between logits and targets, with the options of torch::nn::CrossEntropyLoss.
+//
+//   CrossEntropyLoss loss(CrossEntropyLossOptions().label_smoothing(0.1).reduction(torch::kSum));
+class CrossEntropyLossImpl : public torch::nn::Cloneable<CrossEntropyLossImpl> {
+ public:
+  explicit CrossEntropyLossImpl(CrossEntropyLossOptions options_ = {})
+      : options(std::move(options_)) {
+    CrossEntropyLossImpl::reset();
+  }
+
+  void reset() override { weight = register_buffer("weight", options.weight()); }
+
+  void pretty_print(std::ostream& stream) const override {
+    stream << "torchext::nn::CrossEntropyLoss()";
+  }
+
+  // input (N, C, ...), target (N, ...) of class indices or (N, C, ...) of probabilities
+  at::Tensor forward(const at::Tensor& input, const at::Tensor& target) {
+    return cross_entropy(input, target, weight,
+                         torch::enumtype::reduction_get_enum(options.reduction()),
+                         options.ignore_index(), options.label_smoothing());
+  }
+
+  CrossEntropyLossOptions options;
+  at::Tensor weight;  // (C), or undefined
+};
+TORCH_MODULE(CrossEntropyLoss);
+
+}  // namespace torchext::nn

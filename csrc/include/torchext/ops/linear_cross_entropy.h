@@ -1,0 +1,165 @@
+// Linear + cross-entropy, the logits never whole in memory.
+//
+//   loss = cross_entropy(input @ linear_weight.T + linear_bias, target)
+//
+// Siblings: torchext/ops/linear_cross_entropy.py, csrc/ops/linear_cross_entropy.cpp, tests/cpp/.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <optional>
+#include <tuple>
+#include <utility>
+#include <vector>
+
+#include <torchext/detail.h>
+#include <torchext/ops/cross_entropy.h>
+
+namespace torchext {
+namespace detail {
+
+inline const auto& linear_cross_entropy_forward() {
+  static const auto op =
+      find_operator<std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>(
+          const at::Tensor&, const at::Tensor&, const at::Tensor&, const std::optional<at::Tensor>&,
+          const std::optional<at::Tensor>&, int64_t, int64_t, double, bool, bool, bool)>(
+          "torchext::linear_cross_entropy_forward");
+  return op;
+}
+
+inline const auto& linear_cross_entropy_backward() {
+  static const auto op = find_operator<std::tuple<at::Tensor, at::Tensor, at::Tensor>(
+      const at::Tensor&, const at::Tensor&, const at::Tensor&, const at::Tensor&,
+      const std::optional<at::Tensor>&, const std::optional<at::Tensor>&, const at::Tensor&,
+      int64_t, int64_t, double, bool, bool, bool)>("torchext::linear_cross_entropy_backward");
+  return op;
+}
+
+inline at::Tensor linear_cross_entropy_reference(const at::Tensor& input,
+                                                 const at::Tensor& linear_weight,
+                                                 const at::Tensor& target,
+                                                 const at::Tensor& linear_bias,
+                                                 const at::Tensor& weight, int64_t reduction,
+                                                 int64_t ignore_index, double label_smoothing) {
+  return cross_entropy_reference(at::linear(input, linear_weight, if_defined(linear_bias)), target,
+                                 weight, reduction, ignore_index, label_smoothing);
+}
+
+// Where the loss is one number, forward makes the gradients with it, a chunk of rows at a time.
+class LinearCrossEntropyFunction : public torch::autograd::Function<LinearCrossEntropyFunction> {
+  using Options = std::tuple<int64_t, int64_t, double, bool>;
+
+ public:
+  static at::Tensor forward(AutogradContext* context, const at::Tensor& input,
+                            const at::Tensor& linear_weight, const at::Tensor& target,
+                            const std::optional<at::Tensor>& linear_bias,
+                            const std::optional<at::Tensor>& weight, int64_t reduction,
+                            int64_t ignore_index, double label_smoothing) {
+    // In float16 the gradients of a mean underflow before a loss scale can lift them; in bfloat16
+    // they would be rounded twice where backward cannot look at what it multiplies them by.
+    const at::ScalarType dtype = input.scalar_type();
+    const bool one_pass = reduction != at::Reduction::None && dtype != at::kHalf &&
+                          (dtype != at::kBFloat16 || input.is_cpu());
+    const at::AutoDispatchBelowADInplaceOrView below_autograd;
+    auto [loss, stats, grad_input, grad_linear_weight, grad_linear_bias] =
+        linear_cross_entropy_forward().call(
+            input, linear_weight, target, linear_bias, weight, reduction, ignore_index,
+            label_smoothing, one_pass && input.requires_grad(),
+            one_pass && linear_weight.requires_grad(),
+            one_pass && linear_bias && linear_bias->requires_grad());
+    context->save_for_backward({input, linear_weight, target, linear_bias.value_or(at::Tensor()),
+                                weight.value_or(at::Tensor()), stats, grad_input,
+                                grad_linear_weight, grad_linear_bias});
+    context->saved_data["options"] = Options{reduction, ignore_index, label_smoothing, one_pass};
+    context->set_materialize_grads(false);
+    return loss;
+  }
+
+  static variable_list backward(AutogradContext* context, const variable_list& grad_outputs) {
+    const at::Tensor& grad_loss = grad_outputs[0];
+    variable_list grads(8);
+    if (!grad_loss.defined()) return grads;
+    const variable_list saved = context->get_saved_variables();
+    const at::Tensor &input = saved[0], &linear_weight = saved[1], &target = saved[2],
+                     &linear_bias = saved[3], &weight = saved[4];
+    const auto [reduction, ignore_index, label_smoothing, one_pass] =
+        context->saved_data["options"].to<Options>();
+    const std::vector<bool> needed = {context->needs_input_grad(0), context->needs_input_grad(1),
+                                      linear_bias.defined() && context->needs_input_grad(3)};
+    variable_list found(3);
+    if (wants_reference(grad_loss)) {
+      const auto definition = [&, reduction = reduction, ignore_index = ignore_index,
+                               label_smoothing = label_smoothing](const variable_list& tensors) {
+        return linear_cross_entropy_reference(tensors[0], tensors[1], target, tensors[2], weight,
+                                              reduction, ignore_index, label_smoothing);
+      };
+      found =
+          reference_gradients(definition, {input, linear_weight, linear_bias}, needed, grad_loss);
+    } else if (one_pass && (input.scalar_type() != at::kBFloat16 || is_power_of_two(grad_loss))) {
+      found = {saved[6], saved[7], saved[8]};
+      scale(grad_loss, {&found[0], &found[1], &found[2]});
+    } else {
+      const at::AutoDispatchBelowADInplaceOrView below_autograd;
+      std::tie(found[0], found[1], found[2]) = linear_cross_entropy_backward().call(
+          grad_loss.resolve_neg(), input, linear_weight, target, if_defined(linear_bias),
+          if_defined(weight), saved[5], reduction, ignore_index, label_smoothing, needed[0],
+          needed[1], needed[2]);
+    }
+    if (needed[0]) grads[0] = std::move(found[0]);
+    if (needed[1]) grads[1] = std::move(found[1]);
+    if (needed[2]) grads[3] = std::move(found[2]);
+    return grads;
+  }
+
+ private:
+  // Whether multiplying by the loss's gradient is exact.
+  static bool is_power_of_two(const at::Tensor& grad_loss) {
+    int exponent = 0;
+    const double fraction = std::abs(std::frexp(grad_loss.item<double>(), &exponent));
+    return fraction == 0.5 || fraction == 0.0;
+  }
+};
+
+}  // namespace detail
+
+// The cross-entropy of logits = input @ linear_weight.T + linear_bias that never exist as a whole.
+//
+// input (H) or (*, H); linear_weight (C, H); target class indices (*), or probabilities (N, C);
+// linear_bias (C) or undefined; the rest as in cross_entropy.
+inline at::Tensor linear_cross_entropy(const at::Tensor& input, const at::Tensor& linear_weight,
+                                       const at::Tensor& target, const at::Tensor& linear_bias = {},
+                                       const at::Tensor& weight = {},
+                                       int64_t reduction = at::Reduction::Mean,
+                                       int64_t ignore_index = -100, double label_smoothing = 0.0) {
+  using namespace detail;
+  if (input.dim() > 2) {
+    const at::IntArrayRef leading = input.sizes().slice(0, input.dim() - 1);
+    TORCH_CHECK_VALUE(target.sizes() == leading,
+                      "linear_cross_entropy: expected target of input's shape without its last "
+                      "dimension, ",
+                      leading, ", but got ", target.sizes());
+    const at::Tensor loss =
+        linear_cross_entropy(input.flatten(0, -2), linear_weight, target.flatten(), linear_bias,
+                             weight, reduction, ignore_index, label_smoothing);
+    return reduction == at::Reduction::None ? loss.view(leading) : loss;
+  }
+  if (!serves(linear_cross_entropy_forward(), input) ||
+      !serves_target(input, target, weight, ignore_index) || input.dim() != 2 ||
+      linear_weight.dim() != 2 || linear_weight.numel() == 0 || !is_plain(linear_weight, input) ||
+      !is_plain_or_undefined(linear_bias, input)) {
+    return linear_cross_entropy_reference(input, linear_weight, target, linear_bias, weight,
+                                          reduction, ignore_index, label_smoothing);
+  }
+  if (at::GradMode::is_enabled() &&
+      (input.requires_grad() || linear_weight.requires_grad() || linear_bias.requires_grad())) {
+    return LinearCrossEntropyFunction::apply(input, linear_weight, target, if_defined(linear_bias),
+                                             if_defined(weight), reduction, ignore_index,
+                                             label_smoothing);
+  }
+  const at::AutoDispatchBelowADInplaceOrView below_autograd;
+  return std::get<0>(linear_cross_entropy_forward().call(
+      input, linear_weight, target, if_defined(linear_bias), if_defined(weight), reduction,
+      ignore_index, label_smoothing, false, false, false));
+}
+
+}  // namespace torchext
