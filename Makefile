@@ -6,7 +6,7 @@ ARGS ?=
 BIN := $(VENV)/bin
 NATIVE := setup.py pyproject.toml $(wildcard csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu csrc/include/torchext/*.h)
 
-.PHONY: help setup train test bench lint wheel clean
+.PHONY: help setup train train-cpp test bench lint wheel clean
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:[^#]*## /\t/' | expand -t 14
 
@@ -25,6 +25,12 @@ setup: $(VENV)/setup.stamp  ## make .venv, install torch, build and install torc
 
 train: setup  ## train 784-64-10 on the embedded digits; options in ARGS="..."
 	$(BIN)/torchext train $(ARGS)
+
+train-cpp: setup  ## build the LibTorch trainer (examples/cpp) and run it; options in ARGS="..."
+	@PATH="$(abspath $(BIN)):$$PATH" cmake -G Ninja -S examples/cpp -B build/cpp -Wno-dev --log-level=WARNING \
+	  -DCMAKE_PREFIX_PATH="$$($(BIN)/python -c 'import torch, torchext; print(torchext.cmake_prefix_path(), torch.utils.cmake_prefix_path, sep=";")')"
+	@PATH="$(abspath $(BIN)):$$PATH" cmake --build build/cpp
+	build/cpp/train $(ARGS)
 
 test: setup  ## run the tests; pytest's options in ARGS="..."
 	$(BIN)/python -m pytest $(ARGS)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -70,7 +71,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--no-memory", action="store_true", help="no measurement of peak memory")
     add("--no-plots", action="store_true")
     add("--output", type=Path, metavar="DIR",
-        help="for the results (default: benchmarks/results/<machine>)")  # fmt: skip
+        help="for the results (default: benchmarks/results/<machine>; runs/benchmarks "
+        "where options change what is measured)")  # fmt: skip
     return parser
 
 
@@ -102,6 +104,14 @@ def _settings(options: argparse.Namespace) -> Settings:
     return replace(settings, **{key: value for key, value in given.items() if value is not None})
 
 
+def _folder(settings: Settings) -> Path:
+    """Where results go: what is not a suite's own set of cases must not take its place."""
+    own = (settings.shapes, settings.directions, settings.dtypes, settings.providers)
+    if any(own) or settings.cached or not settings.memory:
+        return machine.ROOT / "runs" / "benchmarks"
+    return machine.RESULTS / machine.name(settings.device)
+
+
 def _measure(words: Sequence[str]) -> int:
     options = _parser().parse_args(words)
     settings = _settings(options)
@@ -116,7 +126,7 @@ def _measure(words: Sequence[str]) -> int:
     if not chosen:
         shapes = ", ".join(f"{op.name}: {op.shape_syntax}" for op in suites.ops())
         raise ValueError(f"no case is left by these options; shapes are {shapes}")
-    folder = options.output or machine.RESULTS / machine.name(options.device)
+    folder = options.output or _folder(settings)
     load = harness.load_average()
     print(f"results go to {folder}", file=sys.stderr)
     if load > 0.5:
@@ -135,11 +145,12 @@ def _measure(words: Sequence[str]) -> int:
         )
         interrupted = _run(suite, settings, results)
         results.finish()
-        save(results, folder / f"{suite.name}.json")
         print("\n".join(["", f"## {suite.name}", "", *report.suite_lines(results)]), flush=True)
-        faults += sum(row.role == "ours" and row.status != "ok" for row in results.rows)
         if interrupted:
+            print(f"{suite.name} is not saved: it is not complete", file=sys.stderr)
             raise KeyboardInterrupt
+        save(results, folder / f"{suite.name}.json")
+        faults += sum(row.role == "ours" and row.status != "ok" for row in results.rows)
     _write_report(folder, plots=not options.no_plots)
     return int(faults > 0)
 
@@ -176,9 +187,12 @@ def _progress(total: int, name: str) -> tuple[Callable[[], object], Callable[[st
 
             return bar.close, advance
     count = iter(range(1, total + 1))
+    begin = time.monotonic()
 
     def say(text: str) -> None:
-        print(f"[{name} {next(count, total)}/{total}] {text}", file=sys.stderr, flush=True)
+        minutes, seconds = divmod(round(time.monotonic() - begin), 60)
+        place = f"{name} {next(count, total)}/{total}, {minutes}:{seconds:02}"
+        print(f"[{place}] {text}", file=sys.stderr, flush=True)
 
     return lambda: None, say
 

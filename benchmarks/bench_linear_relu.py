@@ -40,8 +40,8 @@ class LinearReLU(Op):
         if device != "cpu":
             cases += [Case(self.name, shape, "bfloat16") for shape in _GPU_SHAPES]
         # A network's first layer: nobody asks for the gradient of the data.
-        first_layer = (("first_layer", True),)
-        cases.append(Case(self.name, (100, 784, 64), options=first_layer))
+        no_input_grad = (("no_input_grad", True),)
+        cases.append(Case(self.name, (100, 784, 64), options=no_input_grad))
         cases.append(Case(self.name, (1024, 1024, 1024), "bfloat16"))
         cases += [Case(self.name, shape, direction="fwd") for shape in (_SHAPES[1], _SHAPES[3])]
         if full:
@@ -71,7 +71,7 @@ class LinearReLU(Op):
             return values.to(case.torch_dtype).requires_grad_(grad)
 
         args: dict[str, Tensor | None] = {
-            "input": normal(rows, features, grad=("first_layer", True) not in case.options),
+            "input": normal(rows, features, grad=("no_input_grad", True) not in case.options),
             "weight": normal(out_features, features, scale=features**-0.5),
             "bias": normal(out_features),
         }
@@ -79,7 +79,7 @@ class LinearReLU(Op):
 
     def flops(self, case: Case) -> int:
         rows, features, out_features = case.shape
-        backward = 1 if ("first_layer", True) in case.options else 2
+        backward = 1 if ("no_input_grad", True) in case.options else 2
         gemms = training_factor(case.direction, 1, backward)
         return gemms * 2 * rows * features * out_features
 
@@ -92,13 +92,13 @@ class LinearReLU(Op):
         return float(rows * features * out_features)
 
     def limit(self, case: Case, sets: Sequence[Inputs]) -> Task:
-        first_layer = ("first_layer", True) in case.options
+        no_input_grad = ("no_input_grad", True) in case.options
 
         def forward(input: Tensor, weight: Tensor, grad: Tensor) -> object:
             return torch.mm(input, weight.t())
 
         def backward(input: Tensor, weight: Tensor, grad: Tensor) -> object:
-            return None if first_layer else torch.mm(grad, weight), torch.mm(grad.t(), input)
+            return None if no_input_grad else torch.mm(grad, weight), torch.mm(grad.t(), input)
 
         def both(input: Tensor, weight: Tensor, grad: Tensor) -> object:
             return forward(input, weight, grad), backward(input, weight, grad)
@@ -107,7 +107,7 @@ class LinearReLU(Op):
         return PlainTask(work, [(*inputs.positional[:2], inputs.grad_output) for inputs in sets])
 
     def peers(self) -> list[Provider]:
-        return [peers.jax(_jax_linear_relu, options=("first_layer",))]
+        return [peers.jax(_jax_linear_relu, options=("no_input_grad",))]
 
 
 def _jax_linear_relu(jax: Any, input: Any, weight: Any, bias: Any) -> Any:

@@ -78,8 +78,11 @@ def _machine(folder: Path, paths: Sequence[Path], root: Path) -> list[str]:
         source = f"[{results.suite}.json]({where}/{results.suite}.json)"
         lines += [f"**{results.suite}** ({source}; commit {results.commit}, {results.date} UTC, "
                   f"torch {results.versions['torch']}, {results.threads} threads)", ""]  # fmt: skip
-        lines += [*_table(results), "", *report.verdict(results.rows), ""]
-    lines += [f"All times with their spreads, and memory: [report.md]({where}/report.md).", ""]
+        # What the backend alone does is of interest to developers: it is in the report.
+        rows = [row for row in results.rows if row.provider != "torchext native"]
+        lines += [*_table(results), "", *report.verdict(rows), ""]
+    lines += [f"All times with their spreads, single directions and memory: "
+              f"[report.md]({where}/report.md).", ""]  # fmt: skip
     lines += [f"![{name}]({where}/{name})" for name in _PLOTS if (folder / name).is_file()]
     return [*lines, ""]
 
@@ -96,9 +99,8 @@ def _table(results: Results) -> list[str]:
         return report.ways_tables(results)
     lines = []
     for rows in results.cases().values():
-        for row in rows.values():
-            if row.role != "ours" or row.provider == "torchext native":
-                continue
+        ours = [row for row in rows.values() if row.role == "ours" and _shown(row)]
+        for row in sorted(ours, key=lambda row: row.provider):
             time = time_text(row.median_ms) if row.measured else row.status
             others = [_cell(rows.get(name)) for name in ("eager", "compile", "limit")]
             ratios = [report.speed_cell(row), report.limit_cell(row)]
@@ -106,6 +108,11 @@ def _table(results: Results) -> list[str]:
     head = ["", "torchext", "eager", "compile", "limit"]
     head += ["times as fast as the best other", "time over the limit's"]
     return report.without_empty([head, *lines])
+
+
+def _shown(row: Row) -> bool:
+    """Whether a row is in the README: of an op, its training calls."""
+    return row.provider != "torchext native" and (row.suite != row.op or row.direction == "fwd+bwd")
 
 
 def _name(row: Row) -> str:

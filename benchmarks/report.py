@@ -157,21 +157,25 @@ def _mib(row: Row) -> str:
 def verdict(rows: Sequence[Row]) -> list[str]:
     """The lines that say where torchext is faster, where it is not, and where one cannot say."""
     ours = [row for row in rows if row.role == "ours" and row.times_as_fast is not None]
-    slower = [row for row in ours if (row.times_as_fast_p75 or 0.0) < 1.0]
-    faster = [row for row in ours if (row.times_as_fast_p25 or 0.0) > 1.0]
     if not ours:
         return []
-    level = len(ours) - len(slower) - len(faster)
+    slower = [row for row in ours if (row.times_as_fast_p75 or 0.0) < 1.0]
+    faster = [row for row in ours if (row.times_as_fast_p25 or 0.0) > 1.0]
+    level = [row for row in ours if row not in slower and row not in faster]
     lines = [
         f"Of {len(ours)} comparisons with the best other, torchext is faster in {len(faster)}, "
-        f"slower in {len(slower)}, and in {level} the quartiles of the ratio include 1."
+        f"slower in {len(slower)}, and level in {len(level)} (the quartiles of the ratio have 1 "
+        "between them)."
     ]
-    lines += [
+    items = [
         f"- slower: {case_text(row)}: {row.provider} takes {1 / (row.times_as_fast or 1.0):.2f} "
         f"times as long as {row.best_other}"
         for row in sorted(slower, key=lambda row: row.times_as_fast or 0.0)
     ]
-    return [lines[0], "", *lines[1:]] if slower else lines
+    if level:
+        names = (f"{case_text(row)} ({row.provider})" for row in level)
+        items.append(f"- level: {'; '.join(names)}")
+    return [*lines, "", *items] if items else lines
 
 
 def faults_of(results: Results) -> list[str]:

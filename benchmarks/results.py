@@ -223,7 +223,7 @@ def save_csv(everything: Iterable[Results], path: Path) -> None:
 
 def _compact(row: dict[str, Any]) -> dict[str, Any]:
     """A row without what is empty, numbers rounded to what they mean."""
-    empty = (None, "", [], {})
+    empty: tuple[Any, ...] = (None, "", [], {})
     return {name: _rounded(value) for name, value in row.items() if value not in empty}
 
 

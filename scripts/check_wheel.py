@@ -15,6 +15,9 @@ from pathlib import Path
 SHIPPED = (
     "torchext/_C.abi3.so",
     "torchext/py.typed",
+    "torchext/include/torchext/torchext.h",
+    "torchext/include/torchext/ops/cross_entropy.h",
+    "torchext/share/cmake/TorchExt/TorchExtConfig.cmake",
     "torchext/data/digits/train-images-idx3-ubyte",
     "torchext/ops/linear_relu.py",
     "torchext/nn/cross_entropy.py",
