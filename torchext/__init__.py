@@ -1,6 +1,6 @@
 """Fused drop-in layers for PyTorch with native kernels."""
 
-from torchext import nn
+from torchext import nn, optim
 from torchext._backend import backends, use_backend
 from torchext._cpp_paths import cmake_prefix_path, include_path
 from torchext.ops import cross_entropy, linear_cross_entropy, linear_relu
@@ -14,5 +14,6 @@ __all__ = [
     "linear_cross_entropy",
     "linear_relu",
     "nn",
+    "optim",
     "use_backend",
 ]

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch._ops import OpOverload
 from torch.autograd import forward_ad
 
-from torchext import _backend
+from torchext import _backend, _triton
 
 SetupContext = Callable[[Any, tuple[Any, ...], Any], None]
 Backward = Callable[..., Any]
@@ -36,7 +36,10 @@ def kernel(op: OpOverload) -> Callable[..., Any]:
 
 
 def define(
-    op: OpOverload, setup_context: SetupContext, backward: Backward
+    op: OpOverload,
+    setup_context: SetupContext,
+    backward: Backward,
+    run: Callable[..., Any] | None = None,
 ) -> Callable[..., Tensor]:
     """Registers the gradient of `op`; returns the eager function that has the same gradient.
 
@@ -46,6 +49,7 @@ def define(
         setup_context: ``setup_context(ctx, inputs, output)``, as `torch.library` has it.
         backward: ``backward(ctx, grad_output, *grads_of_further_outputs)``. In an eager call
             ``ctx.owned`` is True: the further outputs that setup_context saved are nobody else's.
+        run: what the returned function calls; without it, the CPU kernel of `op`.
     """
 
     def setup_operator(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -53,21 +57,28 @@ def define(
         setup_context(ctx, inputs, output)
 
     torch.library.register_autograd(op._name, backward, setup_context=setup_operator)
-    run = kernel(op)
+    run = kernel(op) if run is None else run
 
     several = len(op._schema.returns) > 1
 
     def forward(ctx: Any, *args: Any) -> Tensor:
         output = run(*args)
-        ctx.owned = not kept_by_hooks()
+        ctx.owned = _hooks(False) is None
         setup_context(ctx, args, output)
-        result: Tensor = output[0] if several else output
-        return result
+        return output[0] if several else output  # type: ignore[no-any-return]
 
     # By the metaclass, so that the profiler and anomaly mode show the op's name.
     members = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
     make: Any = type(torch.autograd.Function)
-    return fast_apply(make(op._opname, (torch.autograd.Function,), members))
+    function = make(op._opname, (torch.autograd.Function,), members)
+    # What the engine calls; torch's own only looks for `vjp` before it calls backward. Saves 1 us.
+    function._backward_cls.apply = backward
+    return fast_apply(function)
+
+
+def keeps_graph() -> bool:
+    """Whether backward may come through this graph again."""
+    return torch._C._autograd._get_current_graph_task_keep_graph()
 
 
 def kept_by_hooks() -> bool:
@@ -93,14 +104,41 @@ def scaled(gradients: Sequence[Tensor], grad_loss: Tensor, owned: bool) -> tuple
     """
     if (
         not owned
-        or torch._C._autograd._get_current_graph_task_keep_graph()  # backward may come again
-        or not _backend.ordinary()  # a tracer must not see the value
+        or keeps_graph()
+        or not _backend.ordinary(any_backend=True)  # a tracer must not see the value
     ):
         return tuple(gradient * grad_loss for gradient in gradients)
-    if grad_loss.item() != 1.0:
+    if not grad_loss.is_cpu or _triton.interpreted:  # its value is the device's own
+        for gradient in gradients:
+            _triton.scale_(gradient, grad_loss)
+    elif grad_loss.item() != 1.0:
         for gradient in gradients:
             gradient.mul_(grad_loss)
     return tuple(gradients)
+
+
+def plain_backward(ctx: Any, grad_output: Tensor) -> bool:
+    """Whether a backward may call the kernel past the dispatcher: an ordinary one of an eager call.
+
+    What says no is looked at with `wants_reference`, or goes to the registered operator.
+    """
+    return (
+        ctx.owned
+        and not torch.is_grad_enabled()
+        and _backend.ordinary()
+        and not _is_batched(grad_output)
+        and not grad_output.is_neg()
+    )
+
+
+def wanted(grads: Sequence[Tensor], needed: Sequence[bool]) -> tuple[Tensor | None, ...]:
+    """Returns three gradients, None for those that are not needed. A loop costs 1 us more."""
+    first, second, third = grads
+    return (
+        first if needed[0] else None,
+        second if needed[1] else None,
+        third if needed[2] else None,
+    )
 
 
 def wants_reference(grad_output: Tensor) -> bool:

@@ -3,7 +3,9 @@
 An `ordinary` call of plain tensors takes the eager fast path to the C++ kernel. The public
 functions ask `route` where any other goes:
 
-* `OPERATOR`: the registered operator, for `torch.compile`, export, tracing, modes and autocast;
+* `OPERATOR`: the registered operator, for `torch.compile`, export, tracing, modes and autocast,
+  and for the native CUDA kernels;
+* `TRITON`: the Triton kernels (`torchext._triton`);
 * `EAGER`: the eager definition (`torchext.reference`), for all that no kernel serves.
 """
 
@@ -19,11 +21,11 @@ from torch.autograd import forward_ad
 from torch.nn import Parameter
 from torch.nn.parameter import Buffer
 
-from torchext import _native
+from torchext import _choice, _native, _triton
 
-EAGER, OPERATOR = 0, 1
+EAGER, OPERATOR, TRITON = 0, 1, 2
 
-_NAMES = ("auto", "native", "eager")
+_NAMES = ("auto", "native", "triton", "eager")
 FLOATING = frozenset({torch.float32, torch.float64, torch.bfloat16, torch.float16})
 # Subclasses may mean anything (DTensor shards, FakeTensor has no data): these are plain memory.
 PLAIN = frozenset({Tensor, Parameter, Buffer})
@@ -36,6 +38,8 @@ _tracing_state = torch._C._get_tracing_state
 _profiling = torch._C._autograd._profiler_enabled
 
 _active = "auto"
+# Whether calls of plain CPU tensors go past the dispatcher to the C++ kernels: "auto" and "native".
+_direct = True
 
 
 @dataclass(frozen=True)
@@ -50,10 +54,12 @@ def backends() -> dict[str, Availability]:
     """Returns, for each backend by name, whether it is available here and, if not, why.
 
     Returns:
-        ``{"native": Availability(...), "eager": Availability(...)}``.
+        ``{"native": Availability(...), "triton": Availability(...), "eager": Availability(...)}``.
     """
+    no_triton = _triton.missing()
     return {
         "native": Availability(not _native.cpu_missing, _native.cpu_missing),
+        "triton": Availability(not no_triton, no_triton),
         "eager": Availability(True),
     }
 
@@ -68,31 +74,33 @@ def use_backend(name: str) -> Iterator[None]:
 
     Args:
         name: ``"auto"`` (the default outside any block: the fastest that is available, which for
-            the smallest calls is torch's own), ``"native"`` (C++ kernels) or ``"eager"`` (the
-            definition in torch's own ops).
+            the smallest calls is torch's own), ``"native"`` (C++ kernels), ``"triton"`` (Triton
+            kernels: CUDA tensors, or, under ``TRITON_INTERPRET=1``, CPU tensors) or ``"eager"``
+            (the definition in torch's own ops).
 
     Raises:
         ValueError: for another name.
         RuntimeError: where the backend is not available, with the reason.
     """
-    global _active
+    global _active, _direct
     if name not in _NAMES:
         raise ValueError(f"use_backend: expected name to be one of {_NAMES}, but got {name!r}")
     if name != "auto" and not (here := backends()[name]).available:
         raise RuntimeError(f"use_backend: backend {name!r} is not available: {here.reason}")
     previous = _active
-    _active = name
+    _active, _direct = name, name in ("auto", "native")
     try:
         yield
     finally:
-        _active = previous
+        _active, _direct = previous, previous in ("auto", "native")
 
 
-def ordinary() -> bool:
+def ordinary(any_backend: bool = False) -> bool:
     """Whether this is a plain eager call: the eager fast path may take it, past the dispatcher.
 
     Everything else (transforms, modes, tracers, the profiler) goes through `route`. Each look costs
-    about 50 ns; together they are less than one dispatch.
+    about 50 ns; together they are less than one dispatch. Where `any_backend`, calls that the C++
+    kernels would not serve may be ordinary too.
     """
     return not (
         _is_compiling()
@@ -102,7 +110,7 @@ def ordinary() -> bool:
         or _any_autocast()
         or _tracing_state() is not None
         or _profiling()
-        or _active == "eager"
+        or not (_direct or any_backend)
     )
 
 
@@ -111,28 +119,51 @@ def may_choose() -> bool:
     return _active == "auto" and not _is_compiling() and _tracing_state() is None
 
 
-def route(*tensors: Tensor | None) -> int:
-    """Returns where a call that is not `ordinary` goes: `OPERATOR` or `EAGER`.
+def route(*tensors: Tensor | None, op: str = "", work: int = 0) -> int:
+    """Returns where a call that is not `ordinary` goes: `OPERATOR`, `TRITON` or `EAGER`.
 
     The first tensor decides the dtype; the kernels' own checks judge the others' dtypes.
+
+    Args:
+        *tensors: the call's; the first is not None.
+        op: the op, where it has kernels beside the C++ ones for the CPU.
+        work: how large the call is, as `_choice.Measured` counts it.
     """
+    first = tensors[0]
     if (
         _active == "eager"
-        or _native.cpu_missing
+        or first is None
         or _functorch_active()
         or forward_ad._current_level >= 0
-        or not serves_dtype(tensors[0])
+        or not serves_dtype(first)
     ):
         return EAGER
     for tensor in tensors:
-        if tensor is not None and not (tensor.is_cpu and tensor.layout is torch.strided):
+        if tensor is not None and not (
+            tensor.layout is torch.strided and tensor.device == first.device
+        ):
             return EAGER
+    place = _place(first, op, work)
     if _is_compiling() or _tracing_state() is not None:
-        return OPERATOR
+        return place
     for tensor in tensors:
         if tensor is not None and type(tensor) not in PLAIN:
             return EAGER
-    return OPERATOR
+    return place
+
+
+def _place(tensor: Tensor, op: str, work: int) -> int:
+    """Where the active backend serves a tensor of this device, if it does."""
+    native = not _native.cpu_missing and (
+        tensor.is_cpu or (tensor.is_cuda and _triton.has_native_cuda(op))
+    )
+    if _active == "native" or (tensor.is_cpu and _active == "auto"):
+        return OPERATOR if native else EAGER
+    triton = op != "" and _triton.serves(tensor)
+    if _active == "triton":
+        return TRITON if triton else EAGER
+    here = [name for name, serves in (("native", native), ("triton", triton)) if serves]
+    return {"native": OPERATOR, "triton": TRITON}.get(_choice.choose(op, work, here), EAGER)
 
 
 def serves_dtype(tensor: Tensor | None) -> bool:

@@ -25,6 +25,17 @@ cpu_missing = _load("torchext._C")
 """Why the CPU library is not there; empty where it is."""
 
 
+def _load_cuda() -> str:
+    # A torch without CUDA has nothing to load it with, and must not pay for a look.
+    if torch.version.cuda is None:
+        return f"torch {torch.__version__} is built without CUDA"
+    return cpu_missing or _load("torchext._C_cuda")
+
+
+cuda_missing = _load_cuda()
+"""Why the CUDA library is not there; empty where it is."""
+
+
 def library_path() -> str | None:
     """Returns the path of the CPU library, or None where it is missing."""
     spec = importlib.util.find_spec("torchext._C")

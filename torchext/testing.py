@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from torchext import _triton
 from torchext._backend import backends
 
 Function = Callable[..., Tensor]
@@ -51,8 +52,13 @@ def backends_for(device: str) -> list[str]:
     Args:
         device: a device type, as `devices` gives it.
     """
-    here = [name for name, backend in backends().items() if backend.available and name != "eager"]
-    return ["auto", *(here if device == "cpu" else []), "eager"]
+    on_cpu, on_cuda = device == "cpu", device == "cuda"
+    serving = {
+        "native": on_cpu or (on_cuda and _triton.has_native_cuda("cross_entropy")),
+        "triton": on_cpu if _triton.interpreted else on_cuda,
+    }
+    here = backends()
+    return ["auto", *(n for n, serves in serving.items() if serves and here[n].available), "eager"]
 
 
 def derivatives(

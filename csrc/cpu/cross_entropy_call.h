@@ -10,6 +10,7 @@
 #include "cpu/dispatch.h"
 #include "cpu/memory.h"
 #include "ops/cross_entropy.h"
+#include "ops/cross_entropy_walk.h"
 
 namespace torchext::cpu {
 
@@ -31,43 +32,10 @@ void cross_entropy_rows(const CrossEntropyArgs<scalar_t>& args, int64_t begin, i
 template <typename scalar_t>
 void cross_entropy_tiles(const CrossEntropyArgs<scalar_t>& args, int64_t begin, int64_t end);
 
-// How the kernels walk a tensor: rows of contiguous classes, or tiles of positions. Rows of few
-// classes fill no vector, so that their positions stand side by side in one, too.
-enum class Walk { kRows, kFewClasses, kTiles, kTransposed };
-
+// Rows of few classes go through the tiles' kernels, too.
 inline std::optional<Walk> walk_of(const std::optional<Strides>& strides,
                                    const CrossEntropyShape& shape) {
-  if (!strides) return std::nullopt;
-  if (shape.positions() == 0) return Walk::kRows;  // nothing to walk
-  if (strides->channel == 1 || shape.classes == 1) {
-    return shape.classes <= kFewClasses ? Walk::kFewClasses : Walk::kRows;
-  }
-  if (shape.inner > 1) {
-    if (strides->inner == 1) return Walk::kTiles;
-  } else if (strides->outer == 1) {
-    return Walk::kTransposed;  // (C, N) in memory: the N positions take the part of S
-  }
-  return std::nullopt;
-}
-
-// The strides of a dense tensor of `sizes` that is walked so.
-inline std::vector<int64_t> dense_strides(const std::vector<int64_t>& sizes, Walk walk) {
-  std::vector<int64_t> strides = contiguous_strides(sizes);
-  if (walk == Walk::kTransposed) {
-    std::fill(strides.begin(), strides.end(), sizes[0] * sizes[1]);
-    strides[0] = 1;
-    strides[1] = sizes[0];
-  }
-  if ((walk == Walk::kRows || walk == Walk::kFewClasses) && sizes.size() > 2) {
-    strides[1] = 1;  // channels last: (N, S, C) in memory
-    int64_t stride = sizes[1];
-    for (size_t i = sizes.size() - 1; i >= 2; --i) {
-      strides[i] = stride;
-      stride *= sizes[i];
-    }
-    strides[0] = stride;
-  }
-  return strides;
+  return torchext::walk_of(strides, shape, kFewClasses);
 }
 
 struct Call {

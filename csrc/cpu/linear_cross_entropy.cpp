@@ -5,6 +5,7 @@
 
 #include "cpu/cross_entropy_call.h"
 #include "cpu/gemm.h"
+#include "cpu/narrow_head.h"
 
 namespace torchext {
 namespace {
@@ -65,7 +66,9 @@ struct Gradients {
       : input(empty(problem.input, input_grad, problem.shape.rows)),
         linear_weight(empty(problem.linear_weight, linear_weight_grad, problem.shape.rows)),
         linear_bias(empty_like(problem.input, {bias_grad ? problem.shape.classes : 0})),
-        any(input_grad || linear_weight_grad || bias_grad) {}
+        any(input_grad || linear_weight_grad || bias_grad) {
+    if (bias_grad && problem.shape.rows == 0) torch::stable::zero_(linear_bias);
+  }
 
   static Tensor empty(const Tensor& like, bool wanted, int64_t rows) {
     if (!wanted) return empty_like(like, {0});
@@ -76,27 +79,89 @@ struct Gradients {
   }
 };
 
+// The products of one call: the library's, or for few classes our own. The logits stand in rows of
+// `columns` elements.
+template <typename scalar_t>
+class Products {
+ public:
+  using acc_t = acc_type<scalar_t>;
+  using Head = cpu::NarrowHead<scalar_t>;
+
+  Products(const Problem& problem, Gradients& gradients)
+      : problem_(problem), gradients_(gradients) {
+    if (Head::serves(problem.input, problem.linear_weight)) {
+      head_.emplace(problem.input, problem.linear_weight, problem.linear_bias);
+    } else {
+      bias_sums_.resize(gradients.linear_bias.numel());
+    }
+  }
+
+  int64_t columns() const { return head_ ? cpu::kHeadClasses : problem_.shape.classes; }
+
+  // The logits of rows [first, first + rows) into the buffer's first rows.
+  void logits(const Tensor& buffer, int64_t first, int64_t rows) const {
+    if (head_) return head_->forward(data_of(buffer), first, rows);
+    const Tensor logits = cpu::rows_of(buffer, 0, rows);
+    const Tensor x = cpu::rows_of(problem_.input, first, rows);
+    if (problem_.linear_bias) {
+      cpu::addmm_out(logits, *problem_.linear_bias, x, cpu::transposed(problem_.linear_weight));
+    } else {
+      cpu::mm_out(logits, x, cpu::transposed(problem_.linear_weight));
+    }
+  }
+
+  // What these rows give the gradients, from the logits' gradient in the buffer.
+  void gradients(const Tensor& buffer, int64_t first, int64_t rows) {
+    if (head_) {
+      const auto wanted = [](const Tensor& gradient) {
+        return gradient.numel() > 0 ? data_of(gradient) : nullptr;
+      };
+      return head_->backward(data_of(buffer), first, rows, wanted(gradients_.input),
+                             wanted(gradients_.linear_weight), wanted(gradients_.linear_bias));
+    }
+    const Tensor logits = cpu::rows_of(buffer, 0, rows);
+    if (gradients_.input.numel() > 0) {
+      cpu::mm_out(cpu::rows_of(gradients_.input, first, rows), logits, problem_.linear_weight);
+    }
+    if (const Tensor& gradient = gradients_.linear_weight; gradient.numel() > 0) {
+      const Tensor left = cpu::transposed(logits);
+      const Tensor x = cpu::rows_of(problem_.input, first, rows);
+      if (first == 0) {
+        cpu::mm_out(gradient, left, x);
+      } else {
+        cpu::addmm_out(gradient, gradient, left, x);
+      }
+    }
+    if (bias_sums_.empty()) return;
+    add_column_sums<scalar_t>(data_of(logits), rows, problem_.shape.classes, bias_sums_.data());
+    if (first + rows == problem_.shape.rows) {
+      scalar_t* bias = data_of(gradients_.linear_bias);
+      for (size_t c = 0; c < bias_sums_.size(); ++c) bias[c] = static_cast<scalar_t>(bias_sums_[c]);
+    }
+  }
+
+ private:
+  static scalar_t* data_of(const Tensor& tensor) {
+    return static_cast<scalar_t*>(tensor.mutable_data_ptr());
+  }
+
+  const Problem& problem_;
+  Gradients& gradients_;
+  std::vector<acc_t> bias_sums_;
+  std::optional<Head> head_;
+};
+
 // Walks the chunks: makes the logits, runs the kernels on them (`set` gives a chunk's arguments
 // what the direction needs), and multiplies the gradient that they leave.
 template <typename scalar_t, typename Set>
-void for_each_chunk(const Problem& problem, Gradients& gradients, cpu::Prepared<scalar_t>& prepared,
-                    const Tensor& buffer, const Set& set) {
-  using acc_t = acc_type<scalar_t>;
-  const auto& shape = problem.shape;
-  std::vector<acc_t> bias_sums(gradients.linear_bias.numel());
-  const int64_t chunk = buffer.size(0);
-  for (int64_t first = 0; first < shape.rows; first += chunk) {
-    const int64_t rows = std::min(chunk, shape.rows - first);
-    const Tensor logits = cpu::rows_of(buffer, 0, rows);
-    const Tensor x = cpu::rows_of(problem.input, first, rows);
-    if (problem.linear_bias) {
-      cpu::addmm_out(logits, *problem.linear_bias, x, cpu::transposed(problem.linear_weight));
-    } else {
-      cpu::mm_out(logits, x, cpu::transposed(problem.linear_weight));
-    }
+void for_each_chunk(Products<scalar_t>& products, const Gradients& gradients, int64_t total_rows,
+                    cpu::Prepared<scalar_t>& prepared, const Tensor& buffer, const Set& set) {
+  const int64_t chunk = buffer.size(0), columns = buffer.size(1);
+  for (int64_t first = 0; first < total_rows; first += chunk) {
+    const int64_t rows = std::min(chunk, total_rows - first);
+    products.logits(buffer, first, rows);
     CrossEntropyArgs<scalar_t> args = prepared.args;
-    args.input_strides =
-        prepared.transposed() ? Strides{0, 1, shape.classes} : Strides{shape.classes, 1, 1};
+    args.input_strides = prepared.transposed() ? Strides{0, 1, columns} : Strides{columns, 1, 1};
     (prepared.transposed() ? args.shape.inner : args.shape.outer) = rows;
     if (args.indices) {
       args.indices = static_cast<const char*>(args.indices) + first * args.index_bytes;
@@ -105,29 +170,13 @@ void for_each_chunk(const Problem& problem, Gradients& gradients, cpu::Prepared<
                                                            : args.probability_strides.outer);
     }
     if (gradients.any) {
-      args.gradient = static_cast<scalar_t*>(logits.mutable_data_ptr());
+      args.gradient = static_cast<scalar_t*>(buffer.mutable_data_ptr());
       args.gradient_strides = args.input_strides;
     }
     set(args, first);
     cpu::run_blocks(args, prepared.walk);
-    if (gradients.input.numel() > 0) {
-      cpu::mm_out(cpu::rows_of(gradients.input, first, rows), logits, problem.linear_weight);
-    }
-    if (gradients.linear_weight.numel() > 0) {
-      const Tensor left = cpu::transposed(logits);
-      if (first == 0) {
-        cpu::mm_out(gradients.linear_weight, left, x);
-      } else {
-        cpu::addmm_out(gradients.linear_weight, gradients.linear_weight, left, x);
-      }
-    }
-    if (!bias_sums.empty()) {
-      add_column_sums(static_cast<const scalar_t*>(logits.const_data_ptr()), rows, shape.classes,
-                      bias_sums.data());
-    }
+    if (gradients.any) products.gradients(buffer, first, rows);
   }
-  scalar_t* bias = static_cast<scalar_t*>(gradients.linear_bias.mutable_data_ptr());
-  for (size_t c = 0; c < bias_sums.size(); ++c) bias[c] = static_cast<scalar_t>(bias_sums[c]);
 }
 
 // One chunk's logits, and what the kernels need that is the same for every chunk. The rows of the
@@ -138,10 +187,10 @@ struct Workspace {
   Tensor view;
   cpu::Prepared<scalar_t> prepared;
 
-  explicit Workspace(const Problem& problem)
-      : buffer(empty_like(problem.input, {rows_per_chunk(problem.shape.rows, problem.shape.classes,
-                                                         sizeof(scalar_t)),
-                                          problem.shape.classes})),
+  Workspace(const Problem& problem, int64_t columns)
+      : buffer(
+            empty_like(problem.input,
+                       {rows_per_chunk(problem.shape.rows, columns, sizeof(scalar_t)), columns})),
         view(as_strided(buffer, {problem.shape.rows, problem.shape.classes}, {0, 1})),
         prepared({"linear_cross_entropy", view, problem.target, problem.weight, problem.reduction,
                   problem.ignore_index, problem.label_smoothing},
@@ -180,7 +229,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> linear_cross_entropy_forward_
   dispatch_floating(input.scalar_type(), "linear_cross_entropy", [&](auto zero) {
     using scalar_t = decltype(zero);
     using acc_t = acc_type<scalar_t>;
-    Workspace<scalar_t> work(problem);
+    Products<scalar_t> products(problem, gradients);
+    Workspace<scalar_t> work(problem, products.columns());
     const auto wide =
         std::is_same_v<acc_t, double> ? aoti_torch_dtype_float64() : aoti_torch_dtype_float32();
     stats = empty_like(input, {2, rows}, wide);
@@ -188,7 +238,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> linear_cross_entropy_forward_
     std::vector<acc_t> losses(none ? rows : 0);
     std::vector<double> block_losses;
     double total = 0;
-    for_each_chunk<scalar_t>(problem, gradients, work.prepared, work.buffer,
+    for_each_chunk<scalar_t>(products, gradients, rows, work.prepared, work.buffer,
                              [&](CrossEntropyArgs<scalar_t>& args, int64_t first) {
                                // The chunk before is done: its blocks, in order.
                                for (const double value : block_losses) total += value;
@@ -245,10 +295,11 @@ std::tuple<Tensor, Tensor, Tensor> linear_cross_entropy_backward_cpu(
   dispatch_floating(input.scalar_type(), "linear_cross_entropy", [&](auto zero) {
     using scalar_t = decltype(zero);
     using acc_t = acc_type<scalar_t>;
-    Workspace<scalar_t> work(problem);
+    Products<scalar_t> products(problem, gradients);
+    Workspace<scalar_t> work(problem, products.columns());
     auto* stats_data = static_cast<acc_t*>(const_cast<void*>(stats.const_data_ptr()));
     const auto* upstream = static_cast<const scalar_t*>(grad.const_data_ptr());
-    for_each_chunk<scalar_t>(problem, gradients, work.prepared, work.buffer,
+    for_each_chunk<scalar_t>(products, gradients, rows, work.prepared, work.buffer,
                              [&](CrossEntropyArgs<scalar_t>& args, int64_t first) {
                                args.backward = true;
                                args.stats = stats_data + first;

@@ -129,7 +129,11 @@ Tensor linear_relu_forward_cpu(const Tensor& input, const Tensor& weight,
       // The product and the bias are rounded once, together, as eager rounds them.
       addmm_out(product, *bias, matrix, transposed(weight));
     } else {
-      mm_out(product, matrix, transposed(weight));
+      cpu::by_weight_rows(shape.out_features, product.numel() * shape.in_features,
+                          [&](int64_t first, int64_t count) {
+                            mm_out(cpu::columns_of(product, first, count), matrix,
+                                   transposed(cpu::rows_of(weight, first, count)));
+                          });
       if (bias) args.bias = static_cast<const scalar_t*>(dense_bias.const_data_ptr());
     }
     for_each_block(shape.rows, kGrain / shape.out_features,
@@ -184,7 +188,11 @@ std::tuple<Tensor, Tensor, Tensor> linear_relu_backward_cpu(const Tensor& grad_o
     mm_out(matrix, grad_linear, weight);
   }
   if (weight_grad && grad_weight.numel() > 0) {
-    mm_out(grad_weight, transposed(grad_linear), as_matrix(input, rows, shape.in_features));
+    const Tensor left = transposed(grad_linear);
+    const Tensor right = as_matrix(input, rows, shape.in_features);
+    cpu::by_weight_rows(columns, grad_weight.numel() * rows, [&](int64_t first, int64_t count) {
+      mm_out(cpu::rows_of(grad_weight, first, count), cpu::rows_of(left, first, count), right);
+    });
   }
   return {grad_input, grad_weight, grad_bias};
 }

@@ -6,19 +6,12 @@
 
 #include "common/checks.h"
 #include "common/stable.h"
+#include "common/strides.h"
 
 namespace torchext {
 
 // As in at::Reduction. An int in the schemas: the stable ABI leaks string arguments.
 enum class Reduction : int64_t { kNone = 0, kMean = 1, kSum = 2 };
-
-// A position has one row of logits: element (n, c, s) of a tensor (N, C, S) stands at
-// n * outer + c * channel + s * inner elements from its start.
-struct Strides {
-  int64_t outer;
-  int64_t channel;
-  int64_t inner;
-};
 
 struct CrossEntropyShape {
   int64_t outer;    // N

@@ -42,6 +42,9 @@ def _rows() -> Iterator[tuple[str, str]]:
     yield "python", f"{platform.python_version()} ({sys.executable})"
     yield "torch", torch.__version__
     yield "library", f"torchext._C {_library('torchext._C')}"
+    reason = _native.cuda_missing
+    state = f"not loaded: {reason}" if reason else _library("torchext._C_cuda")
+    yield "library", f"torchext._C_cuda {state}"
     yield "devices", f"cpu     {_processor()}, {os.cpu_count()} logical cores"
     yield from (("devices", text) for text in _cuda_devices())
     yield "simd", f"{_native.simd_level()} (torch: {torch.backends.cpu.get_cpu_capability()})"

@@ -10,7 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+import torchext
 from torchext.data import Batches, Digits, as_input
+
+Loss = Callable[[Tensor, Tensor], Tensor]
 
 PIXELS, HIDDEN, CLASSES = 784, 64, 10
 _TEST_BATCH = 10_000
@@ -45,8 +48,9 @@ class Trainer:
     ) -> None:
         torch.manual_seed(seed)
         self.model = make_model(model).to(device)
-        self.loss_function = _make_loss(model)
-        self.optimizer = torch.optim.SGD(self.model.parameters(), lr=lr, momentum=momentum)
+        self.loss = _fused_loss(self.model) if model == "fused" else _stock_loss(self.model)
+        sgd = torchext.optim.SGD if model == "fused" else torch.optim.SGD
+        self.optimizer = sgd(self.model.parameters(), lr=lr, momentum=momentum)
         self.batches = Batches(
             digits.train_images,
             digits.train_labels,
@@ -67,12 +71,12 @@ class Trainer:
         Returns:
             The mean loss of a sample.
         """
-        model, loss_function, optimizer = self.model, self.loss_function, self.optimizer
+        loss_of, optimizer = self.loss, self.optimizer
         losses: list[Tensor] = []
         for images, labels in self.batches.epoch(number):
             optimizer.zero_grad(set_to_none=True)
-            loss = loss_function(model(images), labels)
-            loss.backward()
+            loss = loss_of(images, labels)
+            loss.backward()  # type: ignore[no-untyped-call]
             optimizer.step()
             losses.append(loss.detach())  # .item() would wait for a GPU in every step
             after_step()
@@ -126,8 +130,6 @@ def make_model(model: str) -> nn.Sequential:
             ("output", nn.Linear(HIDDEN, CLASSES)),
         ]
     else:
-        import torchext.nn
-
         layers = [
             ("hidden", torchext.nn.LinearReLU(PIXELS, HIDDEN)),
             ("output", nn.Linear(HIDDEN, CLASSES)),
@@ -135,9 +137,24 @@ def make_model(model: str) -> nn.Sequential:
     return nn.Sequential(OrderedDict(layers))
 
 
-def _make_loss(model: str) -> nn.Module:
-    if model == "stock":
-        return nn.CrossEntropyLoss()
-    import torchext.nn
+def _stock_loss(model: nn.Sequential) -> Loss:
+    loss_function = nn.CrossEntropyLoss()
 
-    return torchext.nn.CrossEntropyLoss()
+    def loss(images: Tensor, labels: Tensor) -> Tensor:
+        result: Tensor = loss_function(model(images), labels)
+        return result
+
+    return loss
+
+
+def _fused_loss(model: nn.Sequential) -> Loss:
+    """The last layer and the loss in one op: two autograd nodes for the whole network."""
+    hidden, output = model
+    assert isinstance(output, nn.Linear)
+
+    def loss(images: Tensor, labels: Tensor) -> Tensor:
+        return torchext.linear_cross_entropy(
+            hidden(images), output.weight, labels, linear_bias=output.bias
+        )
+
+    return loss

@@ -71,11 +71,12 @@ class LinearCrossEntropyLoss(nn.Module):
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
         """Returns the loss of `input` against `target`."""
-        linear_weight: Tensor = self.linear.weight
-        linear_bias: Tensor | None = self.linear.bias
+        linear = self.linear
+        linear_weight: Tensor = linear.weight
+        linear_bias: Tensor | None = linear.bias
         if self.out_features:
             inner = (self.num_classes, *self.out_features)
-            linear_weight = linear_weight.reshape((*inner, self.linear.in_features))
+            linear_weight = linear_weight.reshape((*inner, linear.in_features))
             linear_bias = None if linear_bias is None else linear_bias.reshape(inner)
         return linear_cross_entropy(
             input,

@@ -14,6 +14,7 @@ Siblings: csrc/{ops,cpu}/cross_entropy*, torchext/nn/cross_entropy.py, tests/tes
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -22,7 +23,7 @@ from torch.nn import _reduction
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from torchext import _autograd, _backend, _errors, _native, reference
-from torchext.ops import cross_entropy_fake
+from torchext.ops import cross_entropy_fake, cross_entropy_triton
 
 _PLAIN, _FLOATING = _backend.PLAIN, _backend.FLOATING
 _INDICES = frozenset({torch.int64, torch.int32, torch.uint8})
@@ -183,7 +184,9 @@ def _cross_entropy(
         )
         or input.numel() == 0
     ):
-        return _unusual(input, target, weight, ignore_index, reduction, label_smoothing)
+        return _unusual(
+            input, target, weight, ignore_index, reduction, label_smoothing, inplace_backward
+        )
     if type(ignore_index) is bool:
         raise TypeError
     code = _REDUCTIONS[reduction]
@@ -192,7 +195,7 @@ def _cross_entropy(
     # In float16 a mean's gradient underflows before a loss scale can lift it: made in backward.
     one_pass = code != 0 and input.dtype is not torch.float16
     if inplace_backward and one_pass and input.is_contiguous() and _apart(input, target):
-        return _inplace(input, target, weight, code, ignore_index, label_smoothing)
+        return _inplace(_inplace_kernel, input, target, weight, code, ignore_index, label_smoothing)
     return _differentiable(input, target, weight, code, ignore_index, label_smoothing, one_pass)
 
 
@@ -203,11 +206,11 @@ def _unusual(
     ignore_index: int,
     reduction: str,
     label_smoothing: float,
+    inplace_backward: bool,
 ) -> Tensor:
     """What is not an ordinary call of plain CPU tensors."""
-    if _backend.route(input, target, weight) == _backend.EAGER or not _served(
-        input, target, weight
-    ):
+    place = _backend.route(input, target, weight, op="cross_entropy", work=input.numel())
+    if place == _backend.EAGER or not _served(input, target, weight):
         return reference.cross_entropy(
             input, target, weight, ignore_index, reduction, label_smoothing
         )
@@ -216,6 +219,9 @@ def _unusual(
         target = _backend.cast(target, torch.float32)
         weight = None if weight is None else _backend.cast(weight, torch.float32)
     code = _REDUCTIONS[reduction]
+    if place == _backend.TRITON:
+        options = (code, ignore_index, label_smoothing)
+        return _triton_call(input, target, weight, *options, inplace_backward)
     return torch.ops.torchext.cross_entropy_forward(  # type: ignore[no-any-return]
         input, target, weight, code, ignore_index, label_smoothing, False
     )[0]
@@ -293,7 +299,9 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     ctx.save_for_backward(input, target, weight, output[2] if ctx.one_pass else output[1])
 
 
-def _backward(ctx: Any, grad_loss: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+def _backward(
+    ctx: Any, grad_loss: Tensor, *_: Tensor | None, kernel: Callable[..., Any] | None = None
+) -> tuple[Tensor | None, ...]:
     input, target, weight, saved = ctx.saved_tensors
     if _autograd.wants_reference(grad_loss):
         reduction, ignore_index, label_smoothing = ctx.options
@@ -307,8 +315,9 @@ def _backward(ctx: Any, grad_loss: Tensor, *_: Tensor | None) -> tuple[Tensor | 
     elif ctx.one_pass:
         (grad_input,) = _autograd.scaled((saved,), grad_loss, ctx.owned)
     else:
-        run = _backward_kernel if ctx.owned and _backend.ordinary() else _backward_op
-        grad_input = run(grad_loss.resolve_neg(), input, target, weight, saved, *ctx.options)
+        if kernel is None:
+            kernel = _backward_kernel if ctx.owned and _backend.ordinary() else _backward_op
+        grad_input = kernel(grad_loss.resolve_neg(), input, target, weight, saved, *ctx.options)
     return grad_input, None, None, None, None, None, None
 
 
@@ -318,6 +327,7 @@ class _Inplace(torch.autograd.Function):
     @staticmethod
     def forward(  # noqa: D102
         ctx: Any,
+        run: Callable[..., Tensor],
         input: Tensor,
         target: Tensor,
         weight: Tensor | None,
@@ -325,9 +335,7 @@ class _Inplace(torch.autograd.Function):
         ignore_index: int,
         label_smoothing: float,
     ) -> Tensor:
-        loss: Tensor = _inplace_kernel(
-            input, target, weight, reduction, ignore_index, label_smoothing
-        )
+        loss = run(input, target, weight, reduction, ignore_index, label_smoothing)
         # What saved the logits before this must not use them again, and backward must not use a
         # gradient that was changed after it.
         torch.autograd.graph.increment_version(input)
@@ -344,7 +352,7 @@ class _Inplace(torch.autograd.Function):
             )
         (gradient,) = ctx.saved_tensors
         (grad_input,) = _autograd.scaled((gradient,), grad_loss, ctx.owned)
-        return grad_input, None, None, None, None, None
+        return None, grad_input, None, None, None, None, None
 
 
 if not _native.cpu_missing:
@@ -358,4 +366,6 @@ if not _native.cpu_missing:
     _differentiable = _autograd.define(
         torch.ops.torchext.cross_entropy_forward.default, _setup_context, _backward
     )
-    _inplace = _autograd.fast_apply(_Inplace)
+
+_inplace = _autograd.fast_apply(_Inplace)
+_triton_call = cross_entropy_triton.define(_setup_context, _backward, _inplace, _apart)

@@ -13,7 +13,7 @@ from torchext import reference
 REDUCTIONS = ("none", "mean", "sum")
 
 
-def _empty_gradient(input: Tensor) -> Tensor:
+def empty_gradient(input: Tensor) -> Tensor:
     """The kernels' layout of a gradient: the logits' own, as far as it is dense."""
     if (
         input.dim() >= 2
@@ -62,7 +62,7 @@ def forward(
     classes = input.shape[0 if input.dim() == 1 else 1]
     positions = 0 if save_gradient else input.numel() // classes
     stats = input.new_empty((2, positions), dtype=wide)
-    return loss, stats, _empty_gradient(input) if save_gradient else input.new_empty((0,))
+    return loss, stats, empty_gradient(input) if save_gradient else input.new_empty((0,))
 
 
 def forward_(
@@ -88,4 +88,4 @@ def backward(
     label_smoothing: float,
 ) -> Tensor:
     """Returns the gradient."""
-    return _empty_gradient(input)
+    return empty_gradient(input)

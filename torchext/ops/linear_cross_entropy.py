@@ -15,6 +15,7 @@ tests/test_linear_cross_entropy.py.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -26,6 +27,9 @@ from torchext.ops.cross_entropy_fake import REDUCTIONS
 
 _CODES = {name: code for code, name in enumerate(REDUCTIONS)}
 _INDICES = frozenset({torch.int64, torch.int32, torch.uint8})
+_FLOAT32, _FLOAT64 = torch.float32, torch.float64
+_PLAIN, _FLOATING = _backend.PLAIN, _backend.FLOATING
+_NOTHING = (False, False, False)
 
 
 def linear_cross_entropy(
@@ -111,13 +115,14 @@ def _linear_cross_entropy(
     label_smoothing: float,
 ) -> Tensor:
     indices = target.dtype in _INDICES
+    ordinary = _backend.ordinary()
     if (
         linear_weight.dim() != 2
         or input.numel() == 0
         or linear_weight.numel() == 0
         or (target.dim() != input.dim() - 1 if indices else target.dim() != 2 or input.dim() != 2)
         or (ignore_index is not None and not indices)
-        or not _served(input, linear_weight, target, linear_bias, weight)
+        or not _served(ordinary, input, linear_weight, target, linear_bias, weight)
     ):
         return reference.linear_cross_entropy(
             input, linear_weight, target, linear_bias, weight, reduction, ignore_index,
@@ -132,30 +137,30 @@ def _linear_cross_entropy(
             )
         input, target = input.reshape(-1, input.shape[-1]), target.reshape(-1)
     code = _CODES[reduction]
-    options = (code, -100 if ignore_index is None else ignore_index, label_smoothing)
-    wanted = (False, False, False)
-    if torch.is_grad_enabled():
-        wanted = (
-            input.requires_grad,
-            linear_weight.requires_grad,
-            linear_bias is not None and linear_bias.requires_grad,
-        )
+    ignored = -100 if ignore_index is None else ignore_index
+    differentiate = torch.is_grad_enabled() and (
+        input.requires_grad
+        or linear_weight.requires_grad
+        or (linear_bias is not None and linear_bias.requires_grad)
+    )
     # See cross_entropy: float16 gradients of a mean would underflow; and bfloat16 ones would be
     # rounded twice where backward cannot look at what it multiplies them by.
-    wide = input.dtype is torch.float32 or input.dtype is torch.float64
-    at_once = wide or (input.dtype is torch.bfloat16 and _backend.ordinary())
-    came = wanted if code != 0 and at_once else (False, False, False)
-    call = (input, linear_weight, target, linear_bias, weight, *options, *came)
-    if not _backend.ordinary():
-        loss: Tensor = _forward_op(*call)[0]
-    elif True in wanted:
-        loss = _differentiable(*call)
-    else:
-        loss = _kernel(*call)[0]
+    dtype = input.dtype
+    at_once = dtype is _FLOAT32 or dtype is _FLOAT64 or (dtype is torch.bfloat16 and ordinary)
+    came = _NOTHING
+    if differentiate and at_once and code != 0:
+        biased = linear_bias is not None and linear_bias.requires_grad
+        came = (input.requires_grad, linear_weight.requires_grad, biased)
+    run = _forward_op if not ordinary else _differentiable if differentiate else _kernel
+    result = run(
+        input, linear_weight, target, linear_bias, weight, code, ignored, label_smoothing, *came
+    )
+    loss: Tensor = result if differentiate and ordinary else result[0]
     return loss.reshape(shape) if flat and code == 0 else loss
 
 
 def _served(
+    ordinary: bool,
     input: Tensor,
     linear_weight: Tensor,
     target: Tensor,
@@ -165,24 +170,24 @@ def _served(
     """Whether the kernels serve the call, or are the ones to refuse it."""
     if weight is not None and weight.requires_grad:
         return False
-    if target.requires_grad or (target.is_floating_point() and target.dtype != input.dtype):
+    if target.requires_grad or (target.dtype not in _INDICES and target.dtype != input.dtype):
         return False
-    tensors = (input, linear_weight, target, linear_bias, weight)
-    if not _backend.ordinary():
+    if not ordinary:
         if torch.is_autocast_enabled(input.device.type):
             return False
+        tensors = (input, linear_weight, target, linear_bias, weight)
         return _backend.route(*tensors) == _backend.OPERATOR
-    if input.dtype not in _backend.FLOATING:
-        return False
-    for tensor in tensors:
-        if tensor is not None and not (
-            type(tensor) in _backend.PLAIN
-            and tensor.is_cpu
-            and tensor.layout is torch.strided
-            and not tensor.is_neg()
-        ):
-            return False
-    return True
+    # The kernel itself refuses the other tensors' devices and layouts.
+    return (
+        input.dtype in _FLOATING
+        and input.is_cpu
+        and type(input) in _PLAIN
+        and type(linear_weight) in _PLAIN
+        and type(target) is Tensor
+        and not (input.is_neg() or linear_weight.is_neg() or target.is_neg())
+        and (linear_bias is None or (type(linear_bias) in _PLAIN and not linear_bias.is_neg()))
+        and (weight is None or (type(weight) in _PLAIN and not weight.is_neg()))
+    )
 
 
 def _settle(
@@ -286,15 +291,39 @@ def _fake_backward(
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     input, linear_weight, target, linear_bias, weight, *options = inputs
     ctx.options, ctx.wanted = options[:3], options[3:]
-    if not ctx.owned:
+    grads = output[2:] if True in ctx.wanted else ()
+    if ctx.owned:  # nobody's but ours: they need no saving, which costs 1 us each
+        ctx.grads, grads = grads, ()
+    else:
+        ctx.grads = ()
         ctx.mark_non_differentiable(*output[1:])
-    saved = output[2:] if True in ctx.wanted else ()
-    ctx.save_for_backward(input, linear_weight, target, linear_bias, weight, output[1], *saved)
+    ctx.save_for_backward(input, linear_weight, target, linear_bias, weight, output[1], *grads)
 
 
 def _backward(ctx: Any, grad_loss: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+    needed = ctx.needs_input_grad
+    needed = (needed[0], needed[1], needed[3])
+    plain = _autograd.plain_backward(ctx, grad_loss)
+    grads = ctx.grads
+    if plain and grads and _came(ctx.wanted, needed) and _exact(grads, grad_loss):
+        if _autograd.keeps_graph():
+            grads = [gradient * grad_loss for gradient in grads]
+        else:
+            ctx.grads = ()  # as saved tensors go; after this those are missed, as ever
+            if grad_loss.item() != 1.0:
+                for gradient in grads:
+                    gradient.mul_(grad_loss)
+    else:
+        grads = _recomputed(ctx, grad_loss, needed, plain)
+    first, second, third = _autograd.wanted(grads, needed)
+    return first, second, None, third, None, None, None, None, None, None, None
+
+
+def _recomputed(
+    ctx: Any, grad_loss: Tensor, needed: tuple[bool, ...], plain: bool
+) -> tuple[Tensor | None, ...]:
+    """The gradients, from the saved tensors."""
     input, linear_weight, target, linear_bias, weight, stats, *saved = ctx.saved_tensors
-    needed = (*ctx.needs_input_grad[:2], ctx.needs_input_grad[3])
     if _autograd.wants_reference(grad_loss):
         reduction, ignore_index, label_smoothing = ctx.options
 
@@ -304,23 +333,30 @@ def _backward(ctx: Any, grad_loss: Tensor, *_: Tensor | None) -> tuple[Tensor | 
                 logits, target, weight, ignore_index, REDUCTIONS[reduction], label_smoothing
             )
 
-        grads = _autograd.reference_gradients(
+        return _autograd.reference_gradients(
             loss, (input, linear_weight, linear_bias), needed, grad_loss
         )
-    elif all(want or not need for want, need in zip(ctx.wanted, needed, strict=True)) and (
-        input.dtype is not torch.bfloat16 or _power_of_two(grad_loss)
-    ):
-        grads = _autograd.scaled(saved, grad_loss, ctx.owned)
-    else:
-        run = _backward_kernel if ctx.owned and _backend.ordinary() else _backward_op
-        grads = run(
-            grad_loss.resolve_neg(), input, linear_weight, target, linear_bias, weight, stats,
-            *ctx.options, *needed,
-        )  # fmt: skip
-    first, second, third = (
-        grad if need else None for grad, need in zip(grads, needed, strict=True)
+    if saved and _came(ctx.wanted, needed) and _exact(saved, grad_loss):
+        return _autograd.scaled(saved, grad_loss, False)
+    run = _backward_kernel if plain else _backward_op
+    return run(  # type: ignore[no-any-return]
+        grad_loss.resolve_neg(), input, linear_weight, target, linear_bias, weight, stats,
+        *ctx.options, *needed,
+    )  # fmt: skip
+
+
+def _came(wanted: Sequence[bool], needed: Sequence[bool]) -> bool:
+    """Whether forward made every gradient that backward needs."""
+    return (
+        (wanted[0] or not needed[0])
+        and (wanted[1] or not needed[1])
+        and (wanted[2] or not needed[2])
     )
-    return first, second, None, third, None, None, None, None, None, None, None
+
+
+def _exact(grads: Sequence[Tensor], grad_loss: Tensor) -> bool:
+    """Whether the gradients may be multiplied by that of the loss: bfloat16 would round twice."""
+    return grads[0].dtype is not torch.bfloat16 or _power_of_two(grad_loss)
 
 
 def _power_of_two(grad_loss: Tensor) -> bool:

@@ -12,13 +12,14 @@ Siblings: csrc/{ops,cpu}/linear_relu.*, torchext/nn/linear_relu.py, tests/test_l
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
-from torchext import _autograd, _backend, _errors, _native, reference
+from torchext import _autograd, _backend, _errors, _native, _triton, reference
 
 _stock = torch._C._nn.linear
 # Multiplications below which torch's own nodes, in C++, cost less than one of ours in Python.
@@ -67,6 +68,7 @@ def linear_relu(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Te
 def _attempt(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """The call, small ones by torch's own ops; what raises is settled."""
     try:
+        # In this order: a compiler that is capturing must not look at the sizes.
         if _backend.may_choose() and input.numel() * weight.shape[0] < _SMALL:
             return torch.relu(_stock(input, weight, bias))
         return _linear_relu(input, weight, bias)
@@ -98,12 +100,28 @@ def _linear_relu(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 def _unusual(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """What is not an ordinary call of plain CPU tensors."""
-    if _backend.route(input, weight, bias) == _backend.EAGER or weight.dim() != 2:
+    work = input.numel() * weight.shape[0] if weight.dim() == 2 else 0
+    place = _backend.route(input, weight, bias, op="linear_relu", work=work)
+    if place == _backend.EAGER or weight.dim() != 2:
         return reference.linear_relu(input, weight, bias)
     if (dtype := _backend.autocast_dtype(input)) is not None:
         input, weight = _backend.cast(input, dtype), _backend.cast(weight, dtype)
         bias = None if bias is None else _backend.cast(bias, dtype)
+    if place == _backend.TRITON:
+        return _triton_call(input, weight, bias)
     return torch.ops.torchext.linear_relu_forward(input, weight, bias)  # type: ignore[no-any-return]
+
+
+def _triton_call(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    if not _backend.ordinary(any_backend=True):
+        return _triton_forward_op(input, weight, bias)  # type: ignore[no-any-return]
+    input, weight = input.resolve_neg(), weight.resolve_neg()
+    bias = None if bias is None else bias.resolve_neg()
+    if torch.is_grad_enabled() and (
+        input.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
+    ):
+        return _triton_differentiable(input, weight, bias)
+    return _triton_forward(input, weight, bias)  # type: ignore[no-any-return]
 
 
 def _settle(error: Exception, input: Any, weight: Any, bias: Any) -> Tensor:
@@ -150,16 +168,21 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.save_for_backward(input, weight, bias, output)
 
 
-def _backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+def _backward(
+    ctx: Any, grad_output: Tensor, run: Callable[..., Any] | None = None
+) -> tuple[Tensor | None, ...]:
     input, weight, bias, output = ctx.saved_tensors
     needed = ctx.needs_input_grad
-    if _autograd.wants_reference(grad_output):
+    if run is None and _autograd.plain_backward(ctx, grad_output):
+        grads = _backward_kernel(grad_output, output, input, weight, *needed)
+    elif _autograd.wants_reference(grad_output):
         return _autograd.reference_gradients(
             reference.linear_relu, (input, weight, bias), needed, grad_output
         )
-    run = _backward_kernel if ctx.owned and _backend.ordinary() else _backward_op
-    grads = run(grad_output.resolve_neg(), output, input, weight, *needed)
-    return tuple(grad if need else None for grad, need in zip(grads, needed, strict=True))
+    else:
+        run = _backward_op if run is None else run
+        grads = run(grad_output.resolve_neg(), output, input, weight, *needed)
+    return _autograd.wanted(grads, needed)
 
 
 if not _native.cpu_missing:
@@ -170,3 +193,17 @@ if not _native.cpu_missing:
     _kernel = _autograd.kernel(_forward_op)
     _backward_kernel = _autograd.kernel(_backward_op)
     _differentiable = _autograd.define(_forward_op, _setup_context, _backward)
+
+_triton_forward_op, _triton_forward = _triton.register(
+    "linear_relu", "linear_relu_forward", _fake_forward
+)
+_triton_backward_op, _ = _triton.register("linear_relu", "linear_relu_backward", _fake_backward)
+
+
+def _by_triton(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+    return _backward(ctx, grad_output, _triton_backward_op)
+
+
+_triton_differentiable = _autograd.define(
+    _triton_forward_op, _setup_context, _by_triton, _triton_forward
+)

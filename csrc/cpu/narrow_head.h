@@ -1,0 +1,253 @@
+// The three products of a head of few classes (the ten of a digit classifier), without the library:
+// its call alone costs more than these take. The classes stand side by side in a vector forward,
+// the features backward. Every sum has one order, whatever the number of threads.
+#pragma once
+
+#include <algorithm>
+#include <vector>
+
+#include "cpu/dispatch.h"
+#include "cpu/simd.h"
+
+namespace torchext::cpu {
+
+// One vector of AVX-512; past it, and past this many features, the library's blocking wins.
+constexpr int64_t kHeadClasses = 16;
+constexpr int64_t kHeadFeatures = 1024;
+// Rows whose weight gradients are summed together, at the least, and how many such sums at the
+// most.
+constexpr int64_t kHeadRows = 128;
+constexpr int64_t kHeadBlocks = 64;
+// Multiplications below which another thread costs more than it saves.
+constexpr int64_t kHeadGrain = int64_t{1} << 19;
+
+template <typename scalar_t>
+struct HeadArgs {
+  const scalar_t* input;  // (rows, features), rows `input_stride` apart
+  int64_t input_stride;
+  const scalar_t* weight;  // (classes, features), rows `weight_stride` apart
+  int64_t weight_stride;
+  const scalar_t* packed;  // (features, kHeadClasses): the weight transposed, then zeros
+  const scalar_t* bias;    // (kHeadClasses): the bias, then zeros
+  scalar_t* logits;        // (rows, kHeadClasses): forward's result, and backward's gradient
+  scalar_t* grad_input;    // (rows, features) dense, or null
+  scalar_t* weight_sums;   // (blocks, classes, features), or null
+  scalar_t* bias_sums;     // (blocks, kHeadClasses), or null
+  int64_t rows, features, classes;
+
+  int64_t block_rows() const { return std::max(kHeadRows, (rows + kHeadBlocks - 1) / kHeadBlocks); }
+  int64_t blocks() const { return (rows + block_rows() - 1) / block_rows(); }
+};
+
+// logits = input @ weight.T + bias, for kRows rows.
+template <class Isa, typename scalar_t, int kRows>
+TORCHEXT_INLINE void head_logits(const HeadArgs<scalar_t>& args, int64_t row) {
+  constexpr int kLanes = simd::kLanesOf<Isa, scalar_t>;
+  constexpr int kVectors = kHeadClasses / kLanes;
+  using Acc = simd::Vector<scalar_t, kLanes>;
+  for (int v = 0; v < kVectors; ++v) {
+    Acc sum[kRows];
+    for (int i = 0; i < kRows; ++i) sum[i] = simd::load<kLanes>(args.bias + v * kLanes);
+    for (int64_t k = 0; k < args.features; ++k) {
+      const Acc weight = simd::load<kLanes>(args.packed + k * kHeadClasses + v * kLanes);
+      for (int i = 0; i < kRows; ++i) {
+        sum[i] += args.input[(row + i) * args.input_stride + k] * weight;
+      }
+    }
+    for (int i = 0; i < kRows; ++i) {
+      simd::store<kLanes>(args.logits + (row + i) * kHeadClasses + v * kLanes, sum[i]);
+    }
+  }
+}
+
+template <class Isa, typename scalar_t>
+TORCHEXT_INLINE void head_forward_blocks(const HeadArgs<scalar_t>& args, int64_t begin,
+                                         int64_t end) {
+  int64_t row = begin * args.block_rows();
+  const int64_t last = std::min(args.rows, end * args.block_rows());
+  for (; row + 8 <= last; row += 8) head_logits<Isa, scalar_t, 8>(args, row);
+  for (; row < last; ++row) head_logits<Isa, scalar_t, 1>(args, row);
+}
+TORCHEXT_SIMD_FUNCTION(head_forward, head_forward_blocks, HeadArgs)
+
+// grad_input = grad_logits @ weight, for kRows rows.
+template <class Isa, typename scalar_t, int kRows>
+TORCHEXT_INLINE void head_grad_input(const HeadArgs<scalar_t>& args, int64_t row) {
+  constexpr int kLanes = simd::kLanesOf<Isa, scalar_t>;
+  using Acc = simd::Vector<scalar_t, kLanes>;
+  const scalar_t* grad = args.logits + row * kHeadClasses;
+  scalar_t* result = args.grad_input + row * args.features;
+  int64_t k = 0;
+  for (; k + kLanes <= args.features; k += kLanes) {
+    Acc sum[kRows] = {};
+    for (int64_t c = 0; c < args.classes; ++c) {
+      const Acc weight = simd::load<kLanes>(args.weight + c * args.weight_stride + k);
+      for (int i = 0; i < kRows; ++i) sum[i] += grad[i * kHeadClasses + c] * weight;
+    }
+    for (int i = 0; i < kRows; ++i) simd::store<kLanes>(result + i * args.features + k, sum[i]);
+  }
+  for (; k < args.features; ++k) {
+    for (int i = 0; i < kRows; ++i) {
+      scalar_t sum = 0;
+      for (int64_t c = 0; c < args.classes; ++c) {
+        sum += grad[i * kHeadClasses + c] * args.weight[c * args.weight_stride + k];
+      }
+      result[i * args.features + k] = sum;
+    }
+  }
+}
+
+// sums = grad_logits.T @ input over rows [begin, end), for kClasses classes.
+template <class Isa, typename scalar_t, int kClasses>
+TORCHEXT_INLINE void head_grad_weight(const HeadArgs<scalar_t>& args, int64_t begin, int64_t end,
+                                      int64_t c, scalar_t* sums) {
+  constexpr int kLanes = simd::kLanesOf<Isa, scalar_t>;
+  constexpr int kVectors = 2;
+  using Acc = simd::Vector<scalar_t, kLanes>;
+  int64_t k = 0;
+  for (; k + kVectors * kLanes <= args.features; k += kVectors * kLanes) {
+    Acc sum[kClasses][kVectors] = {};
+    for (int64_t row = begin; row < end; ++row) {
+      const scalar_t* grad = args.logits + row * kHeadClasses + c;
+      for (int v = 0; v < kVectors; ++v) {
+        const Acc x = simd::load<kLanes>(args.input + row * args.input_stride + k + v * kLanes);
+        for (int i = 0; i < kClasses; ++i) sum[i][v] += grad[i] * x;
+      }
+    }
+    for (int i = 0; i < kClasses; ++i) {
+      for (int v = 0; v < kVectors; ++v) {
+        simd::store<kLanes>(sums + (c + i) * args.features + k + v * kLanes, sum[i][v]);
+      }
+    }
+  }
+  for (; k < args.features; ++k) {
+    scalar_t sum[kClasses] = {};
+    for (int64_t row = begin; row < end; ++row) {
+      const scalar_t x = args.input[row * args.input_stride + k];
+      for (int i = 0; i < kClasses; ++i) sum[i] += args.logits[row * kHeadClasses + c + i] * x;
+    }
+    for (int i = 0; i < kClasses; ++i) sums[(c + i) * args.features + k] = sum[i];
+  }
+}
+
+template <class Isa, typename scalar_t>
+TORCHEXT_INLINE void head_backward_blocks(const HeadArgs<scalar_t>& args, int64_t begin,
+                                          int64_t end) {
+  for (int64_t block = begin; block < end; ++block) {
+    const int64_t first = block * args.block_rows();
+    const int64_t last = std::min(args.rows, first + args.block_rows());
+    if (args.grad_input) {
+      int64_t row = first;
+      for (; row + 4 <= last; row += 4) head_grad_input<Isa, scalar_t, 4>(args, row);
+      for (; row < last; ++row) head_grad_input<Isa, scalar_t, 1>(args, row);
+    }
+    if (args.weight_sums) {
+      scalar_t* sums = args.weight_sums + block * args.classes * args.features;
+      int64_t c = 0;
+      for (; c + 4 <= args.classes; c += 4) {
+        head_grad_weight<Isa, scalar_t, 4>(args, first, last, c, sums);
+      }
+      for (; c < args.classes; ++c) {
+        head_grad_weight<Isa, scalar_t, 1>(args, first, last, c, sums);
+      }
+    }
+    if (args.bias_sums) {
+      scalar_t* sums = args.bias_sums + block * kHeadClasses;
+      for (int64_t row = first; row < last; ++row) {
+        for (int64_t c = 0; c < kHeadClasses; ++c) sums[c] += args.logits[row * kHeadClasses + c];
+      }
+    }
+  }
+}
+TORCHEXT_SIMD_FUNCTION(head_backward, head_backward_blocks, HeadArgs)
+
+// A head of one call: what the products keep beside the tensors.
+template <typename scalar_t>
+class NarrowHead {
+ public:
+  // The narrow dtypes round as the library does: they stay with it.
+  static constexpr bool kServed = std::is_same_v<scalar_t, simd::acc_type<scalar_t>>;
+
+  // Whether these products serve a call: few classes, rows that are contiguous.
+  static bool serves(const Tensor& input, const Tensor& weight) {
+    return kServed && weight.size(0) <= kHeadClasses && weight.size(1) <= kHeadFeatures &&
+           weight.size(1) > 0 && input.stride(1) == 1 && weight.stride(1) == 1;
+  }
+
+  NarrowHead(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias) {
+    args_.input = static_cast<const scalar_t*>(input.const_data_ptr());
+    args_.input_stride = input.stride(0);
+    args_.weight = static_cast<const scalar_t*>(weight.const_data_ptr());
+    args_.weight_stride = weight.stride(0);
+    args_.classes = weight.size(0);
+    args_.features = weight.size(1);
+    packed_.resize((args_.features + 1) * kHeadClasses);
+    for (int64_t k = 0; k < args_.features; ++k) {
+      for (int64_t c = 0; c < args_.classes; ++c) {
+        packed_[k * kHeadClasses + c] = args_.weight[c * args_.weight_stride + k];
+      }
+    }
+    scalar_t* padded_bias = packed_.data() + args_.features * kHeadClasses;
+    if (bias) {
+      const auto* values = static_cast<const scalar_t*>(bias->const_data_ptr());
+      for (int64_t c = 0; c < args_.classes; ++c) padded_bias[c] = values[c * bias->stride(0)];
+    }
+    args_.packed = packed_.data();
+    args_.bias = padded_bias;
+  }
+
+  // Logits (rows, kHeadClasses) of rows [first, first + rows), zero past the classes.
+  void forward(scalar_t* logits, int64_t first, int64_t rows) const {
+    HeadArgs<scalar_t> args = chunk(logits, first, rows);
+    for_each_block(args.blocks(), grain(args), [&](int64_t begin, int64_t end) {
+      if constexpr (kServed) head_forward<scalar_t>(args, begin, end);
+    });
+  }
+
+  // From the logits' gradient: grad_input's rows (or null), and what the rows add to the gradients
+  // of weight (classes, features) and bias (classes), or null.
+  void backward(scalar_t* grad_logits, int64_t first, int64_t rows, scalar_t* grad_input,
+                scalar_t* grad_weight, scalar_t* grad_bias) {
+    HeadArgs<scalar_t> args = chunk(grad_logits, first, rows);
+    const int64_t blocks = args.blocks(), elements = args.classes * args.features;
+    if (grad_input) args.grad_input = grad_input + first * args.features;
+    // The first chunk's first block stands in the gradient itself.
+    const bool alone = blocks == 1 && first == 0;
+    if (grad_weight && !alone) sums_.resize(blocks * elements);
+    if (grad_weight) args.weight_sums = alone ? grad_weight : sums_.data();
+    std::vector<scalar_t> bias_sums(grad_bias ? blocks * kHeadClasses : 0);
+    if (grad_bias) args.bias_sums = bias_sums.data();
+    for_each_block(blocks, grain(args), [&](int64_t begin, int64_t end) {
+      if constexpr (kServed) head_backward<scalar_t>(args, begin, end);
+    });
+    for (int64_t block = 0; block < blocks; ++block) {
+      const bool set = first == 0 && block == 0;
+      if (grad_weight && !alone) {
+        const scalar_t* sums = sums_.data() + block * elements;
+        for (int64_t i = 0; i < elements; ++i)
+          grad_weight[i] = set ? sums[i] : grad_weight[i] + sums[i];
+      }
+      for (int64_t c = 0; grad_bias && c < args.classes; ++c) {
+        const scalar_t sum = bias_sums[block * kHeadClasses + c];
+        grad_bias[c] = set ? sum : grad_bias[c] + sum;
+      }
+    }
+  }
+
+ private:
+  HeadArgs<scalar_t> chunk(scalar_t* logits, int64_t first, int64_t rows) const {
+    HeadArgs<scalar_t> args = args_;
+    args.input += first * args.input_stride;
+    args.logits = logits;
+    args.rows = rows;
+    return args;
+  }
+  static int64_t grain(const HeadArgs<scalar_t>& args) {
+    return kHeadGrain / (args.block_rows() * args.features * args.classes);
+  }
+
+  HeadArgs<scalar_t> args_{};
+  std::vector<scalar_t> packed_, sums_;
+};
+
+}  // namespace torchext::cpu

@@ -1,0 +1,153 @@
+"""Optimisers whose step is one native call for all parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer, optimizer
+
+from torchext import _autograd, _backend, _native
+
+__all__ = ["SGD"]
+
+_PLAIN = _backend.PLAIN
+
+
+class SGD(torch.optim.SGD):
+    r"""`torch.optim.SGD` in one pass over all parameters, with the same result to the bit.
+
+    .. math::
+        g \leftarrow g + \lambda \theta, \qquad
+        v \leftarrow \mu v + (1 - \tau) g, \qquad
+        \theta \leftarrow \theta - \gamma v
+
+    with learning rate :math:`\gamma`, momentum :math:`\mu`, dampening :math:`\tau` and weight decay
+    :math:`\lambda`. Constructor, ``state_dict``, schedulers and hooks are those of
+    `torch.optim.SGD`. Contiguous float32 and float64 parameters on the CPU are updated by one call;
+    where a network is small, most of the stock step is the Python between its calls. Anything else
+    (other dtypes and devices, sparse gradients, a tensor as learning rate, ``differentiable``,
+    ``foreach``, ``fused``, hooks, the profiler, a first step with momentum) takes the stock step.
+
+    Source: Sutskever et al., "On the importance of initialization and momentum in deep learning",
+    2013, in the form that `torch.optim.SGD` documents.
+    """
+
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        """Updates the parameters.
+
+        Args:
+            closure: evaluates the model again and returns the loss.
+
+        Returns:
+            What the closure returned, or None.
+        """
+        if closure is None and self._plain():
+            calls = [_arguments(group, self.state) for group in self.param_groups]
+            if None not in calls and _run(calls):  # type: ignore[arg-type]
+                return None
+        return _stock_step()(self, closure)  # type: ignore[no-any-return]
+
+    # The base class would wrap it for hooks and the profiler; `_plain` gives those the stock step.
+    step.hooked = True  # type: ignore[attr-defined]
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Forgets the gradients.
+
+        Args:
+            set_to_none: whether they become None, or zeros.
+        """
+        if not (set_to_none and _backend.ordinary()):
+            return super().zero_grad(set_to_none)
+        for group in self.param_groups:
+            for param in group["params"]:
+                param.grad = None
+        return None
+
+    def _plain(self) -> bool:
+        """Whether nothing but the update is asked for."""
+        return not (
+            not _backend.ordinary()
+            or _native.cpu_missing
+            or self._optimizer_step_pre_hooks
+            or self._optimizer_step_post_hooks
+            or optimizer._global_optimizer_pre_hooks
+            or optimizer._global_optimizer_post_hooks
+            or getattr(self, "grad_scale", None) is not None
+            or getattr(self, "found_inf", None) is not None
+        )
+
+
+def _arguments(group: dict[str, Any], state: dict[Tensor, Any]) -> tuple[Any, ...] | None:
+    """One parameter group's arguments for the kernel, or None where it does not serve it."""
+    lr, momentum = group["lr"], group["momentum"]
+    dampening, weight_decay = group["dampening"], group["weight_decay"]
+    if (
+        group["foreach"]
+        or group["fused"]
+        or group["differentiable"]
+        or isinstance(lr, Tensor)
+        or isinstance(weight_decay, Tensor)
+    ):
+        return None
+    params, grads, buffers = [], [], []
+    for param in group["params"]:
+        grad = param.grad
+        if grad is None:
+            continue
+        if type(param) not in _PLAIN or type(grad) is not Tensor or grad.is_neg():
+            return None
+        params.append(param)
+        grads.append(grad)
+        if momentum != 0:
+            buffer = state[param].get("momentum_buffer")
+            if buffer is None:
+                return None
+            buffers.append(buffer)
+    options = (lr, momentum, dampening, weight_decay, group["nesterov"], group["maximize"])
+    return params, grads, buffers, *options
+
+
+def _run(calls: list[tuple[Any, ...]]) -> bool:
+    """Makes the step of every group; False, with nothing changed, where the kernel refuses one."""
+    if len(calls) > 1:
+        for call in calls:
+            if not all(map(_served, (*call[0], *call[1], *call[2]))):
+                return False
+    for params, grads, buffers, *options in calls:
+        if params:
+            try:
+                _kernel(params, grads, buffers, *options)  # checks before it writes
+            except RuntimeError:
+                return False
+            torch.autograd.graph.increment_version(params + buffers)
+    return True
+
+
+def _served(tensor: Tensor) -> bool:
+    """What the kernel checks: with several groups, none is to be refused after another's step."""
+    return (
+        (tensor.dtype is torch.float32 or tensor.dtype is torch.float64)
+        and tensor.is_cpu
+        and tensor.layout is torch.strided
+        and tensor.is_contiguous()
+    )
+
+
+def _stock_step() -> Callable[..., Any]:
+    """The stock step, with its hooks: torch wraps it when the first `torch.optim.SGD` is made."""
+    step = torch.optim.SGD.step
+    if getattr(step, "hooked", False):
+        return step
+    return Optimizer.profile_hook_step(step)
+
+
+def _fake(*arguments: Any) -> None:
+    return None
+
+
+if not _native.cpu_missing:
+    torch.library.register_fake("torchext::sgd_", _fake)
+    _kernel = _autograd.kernel(torch.ops.torchext.sgd_.default)
