@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib.util
 import itertools
 import math
+import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
@@ -26,6 +27,7 @@ from benchmarks.training_jobs import (
     BATCH,
     Batch,
     CppJob,
+    CppStepJob,
     Data,
     JaxJob,
     Job,
@@ -38,6 +40,7 @@ SAMPLES = 60_000
 EPOCH = f"training epoch 784-64-10, {SAMPLES:,} images, batch {BATCH}, SGD"
 STEP = f"training step 784-64-10, batch {BATCH}, SGD"
 STEP_FUSED = f"training step 784-64-10, batch {BATCH}, SGD(fused=True)"
+STEP_MOMENTUM = f"training step 784-64-10, batch {BATCH}, SGD(momentum=0.9)"
 _CHECKED_STEPS = 20
 _LOSS_TOLERANCE = 1e-4
 _STEP_BATCHES = 64
@@ -72,9 +75,9 @@ def _not_installed(module: str, package: str) -> str:
     return "" if importlib.util.find_spec(module) else f"{package} is not installed"
 
 
-def step_ways(fused_sgd: bool | None) -> list[Way]:
+def step_ways(fused_sgd: bool | None = None, momentum: float = 0) -> list[Way]:
     """The ways that a step is measured in."""
-    make = partial(TorchJob, fused_sgd=fused_sgd)
+    make = partial(TorchJob, fused_sgd=fused_sgd, momentum=momentum)
     ways = [
         Way("eager", "other", make),
         Way("compile", "other", partial(make, compiled=True)),
@@ -82,6 +85,10 @@ def step_ways(fused_sgd: bool | None) -> list[Way]:
         Way("torchext compiled", "ours", partial(make, ours=True, compiled=True)),
     ]
     if not fused_sgd:
+        no_compiler = "" if shutil.which("c++") else "no C++ compiler"
+        job = partial(CppStepJob, momentum=momentum)
+        ways.append(Way("torchext C++", "ours", job, no_compiler))
+    if not fused_sgd and not momentum:
         ways.append(Way("JAX", "other", JaxJob, _not_installed("jax", "jax")))
     return ways
 
@@ -135,6 +142,12 @@ def check_job(way: Way, data: Data, batches: list[Batch], truth: list[float]) ->
     return ""
 
 
+def _check(data: Data, batches: list[Batch], momentum: float = 0) -> Callable[[Way], str]:
+    first = batches[:_CHECKED_STEPS]
+    truth = TorchJob(data, momentum=momentum).losses(first)
+    return partial(check_job, data=data, batches=first, truth=truth)
+
+
 def _epoch_loss(job: TorchJob, data: Data) -> float:
     losses = [job.step(batch).detach() for batch in data.batches.epoch(1)]
     return data.batches.epoch_loss(losses)
@@ -147,16 +160,19 @@ class Training:
 
     def steps(self, settings: Settings) -> int:
         here = sum(settings.wants(way.name) and not way.missing for way in ways())
-        return here * (1 + _rounds(settings)) + 2 * (1 + settings.passes)
+        return here * (1 + _rounds(settings)) + 3 * (1 + settings.passes)
 
     def run(self, settings: Settings, rows: list[Row], progress: Callable[[str], object]) -> None:
         data = Data(SAMPLES)
         batches = data.first(_STEP_BATCHES)
-        truth = TorchJob(data).losses(batches[:_CHECKED_STEPS])
-        checked = partial(check_job, data=data, batches=batches[:_CHECKED_STEPS], truth=truth)
-        self._epochs(data, settings, checked, rows, progress)
-        for case, fused in ((STEP, None), (STEP_FUSED, True)):
-            self._steps(case, step_ways(fused), data, batches, settings, checked, rows, progress)
+        self._epochs(data, settings, _check(data, batches), rows, progress)
+        for case, fused, momentum in (
+            (STEP, None, 0.0),
+            (STEP_MOMENTUM, None, 0.9),
+            (STEP_FUSED, True, 0.0),
+        ):
+            found, checked = step_ways(fused, momentum), _check(data, batches, momentum)
+            self._steps(case, found, data, batches, settings, checked, rows, progress)
 
     def _epochs(
         self,

@@ -7,12 +7,13 @@ import itertools
 import json
 import os
 import subprocess
+import sys
 import tempfile
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
@@ -80,10 +81,14 @@ def stock_model() -> nn.Sequential:
     return nn.Sequential(nn.Linear(PIXELS, HIDDEN), nn.ReLU(), nn.Linear(HIDDEN, CLASSES))
 
 
-def our_model() -> nn.Sequential:
-    """The network in this package's layers: the same parameters."""
+def our_model() -> nn.ModuleList:
+    """The network in this package's layers, the last with the loss in it: the same parameters."""
     torch.manual_seed(SEED)
-    return nn.Sequential(torchext.nn.LinearReLU(PIXELS, HIDDEN), nn.Linear(HIDDEN, CLASSES))
+    layers = (
+        torchext.nn.LinearReLU(PIXELS, HIDDEN),
+        torchext.nn.LinearCrossEntropyLoss(HIDDEN, CLASSES, bias=True),
+    )
+    return nn.ModuleList(layers)
 
 
 class TorchJob(Job):
@@ -94,6 +99,7 @@ class TorchJob(Job):
         ours: this package's layers instead of the stock ones.
         compiled: forward and loss through `torch.compile`.
         fused_sgd: `SGD(fused=True)`.
+        momentum: SGD's.
     """
 
     def __init__(
@@ -103,17 +109,24 @@ class TorchJob(Job):
         ours: bool = False,
         compiled: bool = False,
         fused_sgd: bool | None = None,
+        momentum: float = 0,
     ) -> None:
-        self.model = our_model() if ours else stock_model()
-        criterion = torchext.nn.CrossEntropyLoss() if ours else nn.CrossEntropyLoss()
-        self.optimizer = torch.optim.SGD(self.model.parameters(), lr=LR, fused=fused_sgd)
+        self.model: Any = our_model() if ours else stock_model()
+        sgd = torchext.optim.SGD if ours else torch.optim.SGD
+        self.optimizer = sgd(self.model.parameters(), lr=LR, momentum=momentum, fused=fused_sgd)
         self._data = data
         self._number = 0
+        criterion = nn.CrossEntropyLoss()
 
-        def forward(images: Tensor, labels: Tensor) -> Tensor:
+        def stock_forward(images: Tensor, labels: Tensor) -> Tensor:
             loss: Tensor = criterion(self.model(images), labels)
             return loss
 
+        def our_forward(images: Tensor, labels: Tensor) -> Tensor:
+            loss: Tensor = self.model[1](self.model[0](images), labels)
+            return loss
+
+        forward = our_forward if ours else stock_forward
         self.forward: Callable[[Tensor, Tensor], Tensor] = forward
         if compiled:
             self.forward = torch.compile(own_code(forward), dynamic=False, fullgraph=True)
@@ -294,6 +307,53 @@ class CppJob(Job):
 
     def first_epoch_loss(self) -> float:
         return self.train(1)[0]["loss"]
+
+
+class CppStepJob(Job):
+    """The C++ trainer's step, called from this process.
+
+    Args:
+        data: what to train on.
+        momentum: SGD's.
+    """
+
+    def __init__(self, data: Data, *, momentum: float = 0) -> None:
+        build_cpp_step()
+        self._ops = torch.ops.torchext_benchmarks
+        self._trainer = self._ops.make("fused", LR, momentum, SEED)
+        self._data = data
+
+    def step(self, batch: Batch) -> Tensor:
+        loss: Tensor = self._ops.step(self._trainer, *batch)
+        return loss
+
+    def losses(self, batches: Iterable[Batch]) -> list[float]:
+        return [float(self.step(batch)) for batch in batches]
+
+    def warm_up(self) -> None:
+        self.losses(self._data.first(5))
+
+    def epoch(self) -> tuple[float, dict[str, float]]:
+        raise NotImplementedError("an epoch of the C++ trainer is CppJob's")
+
+
+@cache
+def build_cpp_step() -> None:
+    """Compiles `cpp_step.cpp`, once for each version of its sources, and loads it."""
+    from torch.utils.cpp_extension import load
+
+    # ninja comes from PyPI: beside this python.
+    os.environ["PATH"] = os.pathsep.join((str(Path(sys.executable).parent), os.environ["PATH"]))
+    folder = ROOT / "build" / "cpp-step"
+    folder.mkdir(parents=True, exist_ok=True)
+    load(
+        "torchext_cpp_step",
+        [str(ROOT / "benchmarks" / "cpp_step.cpp")],
+        extra_cflags=["-O3", "-std=c++20"],
+        extra_include_paths=[torchext.include_path(), str(ROOT / "examples" / "cpp")],
+        build_directory=str(folder),
+        is_python_module=False,
+    )
 
 
 def find_trainer() -> Path | None:

@@ -81,9 +81,9 @@ void introduce(const Settings& settings, const data::Digits& digits, const Train
       settings.device == "cpu" ? " (" + std::to_string(at::get_num_threads()) + " threads)" : "";
   std::printf("784-64-10, %s, on %s%s: %s images to train on, %s to test on, %s steps an epoch\n",
               settings.model.c_str(), settings.device.c_str(), threads.c_str(),
-              with_commas(trainer.samples()).c_str(),
+              with_commas(trainer.batches.samples()).c_str(),
               with_commas(static_cast<int64_t>(digits.test_labels.sizes[0])).c_str(),
-              std::to_string(trainer.steps()).c_str());
+              std::to_string(trainer.batches.steps()).c_str());
   std::printf("%5s%12s%12s%11s%12s\n", "epoch", "loss", "test acc.", "seconds", "images/s");
   std::fflush(stdout);
 }
@@ -127,7 +127,7 @@ int train(const Settings& settings) {
   State state;
   std::string error;
   const Clock::time_point start = Clock::now();
-  Progress progress(settings.epochs * trainer.steps());
+  Progress progress(settings.epochs * trainer.batches.steps());
   std::signal(SIGINT, [](int) { interrupted = 1; });
   for (int64_t epoch = 1; epoch <= settings.epochs; ++epoch) {
     const Clock::time_point begin = Clock::now();
@@ -146,9 +146,10 @@ int train(const Settings& settings) {
     state.epochs.push_back({epoch, loss, right, seconds});
     state.weights = copy_weights(*trainer.network);
     progress.clear();
-    std::printf(
-        "%5s%12.6f%11.2f%%%11.3f%12s\n", std::to_string(epoch).c_str(), loss, 100 * right, seconds,
-        with_commas(std::llround(static_cast<double>(trainer.samples()) / seconds)).c_str());
+    std::printf("%5s%12.6f%11.2f%%%11.3f%12s\n", std::to_string(epoch).c_str(), loss, 100 * right,
+                seconds,
+                with_commas(std::llround(static_cast<double>(trainer.batches.samples()) / seconds))
+                    .c_str());
     std::fflush(stdout);
   }
   progress.clear();

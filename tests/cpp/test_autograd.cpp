@@ -43,6 +43,13 @@ struct Loss {
   Tensor fused(const Tensors& t) const {
     return torchext::cross_entropy(t[0], target, weight, reduction, ignore_index, label_smoothing);
   }
+  Tensor fused_linear(const Tensors& t) const {
+    return torchext::linear_cross_entropy(t[0], t[1], target, t[2], weight, reduction, ignore_index,
+                                          label_smoothing);
+  }
+  Tensor stock_linear(const Tensors& t) const {
+    return stock({at::linear(t[0], t[1], t[2].defined() ? std::optional(t[2]) : std::nullopt)});
+  }
   Tensor stock(const Tensors& t) const {
     return at::cross_entropy_loss(t[0],
                                   target.scalar_type() == at::kInt ? target.to(at::kLong) : target,
@@ -136,25 +143,70 @@ TEST(linear_relu_gives_only_the_gradients_asked_for) {
   EXPECT_CLOSE(found[0], grad({stock_linear_relu(t).sum()}, {t[1]})[0], 2e-5);
 }
 
-TEST(cross_entropy_is_the_stock_one) {
+// Every kind of loss over 7 classes of 6 samples.
+std::vector<Loss> losses(at::ScalarType dtype) {
   const Tensor indices = at::randint(7, {6}, at::kLong);
-  for (const auto& [dtype, tolerance] : kTolerances) {
-    const Tensor weight = at::rand({7}).to(dtype);
-    const Tensor probabilities = at::randn({6, 7}).softmax(1).to(dtype);
-    for (const int64_t reduction : {at::Reduction::None, at::Reduction::Mean, at::Reduction::Sum}) {
-      for (const double smoothing : {0.0, 0.2}) {
-        for (const Tensor& target : {indices, indices.to(at::kInt), probabilities}) {
-          for (const Tensor& weights : {Tensor(), weight}) {
-            const Loss loss{target, weights, reduction, target.is_floating_point() ? -100 : 3,
-                            smoothing};
-            check_same([&](const Tensors& t) { return loss.fused(t); },
-                       [&](const Tensors& t) { return loss.stock(t); }, {random({6, 7}, dtype)},
-                       tolerance);
-          }
+  const Tensor probabilities = at::randn({6, 7}).softmax(1).to(dtype);
+  std::vector<Loss> all;
+  for (const int64_t reduction : {at::Reduction::None, at::Reduction::Mean, at::Reduction::Sum}) {
+    for (const double smoothing : {0.0, 0.2}) {
+      for (const Tensor& target : {indices, indices.to(at::kInt), probabilities}) {
+        for (const Tensor& weight : {Tensor(), at::rand({7}).to(dtype)}) {
+          const int64_t ignored = target.is_floating_point() ? -100 : indices[0].item<int64_t>();
+          all.push_back({target, weight, reduction, ignored, smoothing});
         }
       }
     }
   }
+  return all;
+}
+
+TEST(cross_entropy_is_the_stock_one) {
+  for (const auto& [dtype, tolerance] : kTolerances) {
+    for (const Loss& loss : losses(dtype)) {
+      check_same([&](const Tensors& t) { return loss.fused(t); },
+                 [&](const Tensors& t) { return loss.stock(t); }, {random({6, 7}, dtype)},
+                 tolerance);
+    }
+  }
+}
+
+TEST(linear_cross_entropy_is_the_stock_one) {
+  for (const auto& [dtype, tolerance] : kTolerances) {
+    // The stock ops round the logits and their gradient on the way.
+    const double rounded = dtype == at::kBFloat16 || dtype == at::kHalf ? 4 * tolerance : tolerance;
+    for (const Loss& loss : losses(dtype)) {
+      for (const Tensor& bias : {random({7}, dtype), Tensor()}) {
+        check_same([&](const Tensors& t) { return loss.fused_linear(t); },
+                   [&](const Tensors& t) { return loss.stock_linear(t); },
+                   {random({6, 5}, dtype), random({7, 5}, dtype), bias}, rounded);
+      }
+    }
+  }
+}
+
+TEST(linear_cross_entropy_gives_only_the_gradients_asked_for) {
+  const Loss loss{at::randint(7, {6}, at::kLong), {}};
+  for (int which = 0; which < 3; ++which) {
+    check_same([&](const Tensors& t) { return loss.fused_linear(t); },
+               [&](const Tensors& t) { return loss.stock_linear(t); },
+               {random({6, 5}, at::kFloat, which == 0), random({7, 5}, at::kFloat, which == 1),
+                random({7}, at::kFloat, which == 2)},
+               2e-5);
+  }
+}
+
+TEST(linear_cross_entropy_of_sequences) {
+  for (const int64_t reduction : {at::Reduction::None, at::Reduction::Mean}) {
+    const Tensor target = at::randint(7, {2, 3}, at::kLong);
+    const Tensor input = random({2, 3, 5}), weight = random({7, 5});
+    const Tensor loss = torchext::linear_cross_entropy(input, weight, target, {}, {}, reduction);
+    const Tensor logits = at::linear(input, weight).transpose(1, 2);
+    EXPECT_CLOSE(loss, at::cross_entropy_loss(logits, target, {}, reduction), 2e-5);
+  }
+  EXPECT_THROWS(torchext::linear_cross_entropy(random({2, 3, 5}), random({7, 5}),
+                                               at::zeros({3, 2}, at::kLong)),
+                "[2, 3]");
 }
 
 TEST(cross_entropy_of_other_shapes) {
@@ -176,6 +228,10 @@ TEST(second_derivatives_are_the_stock_ones) {
     const Loss loss{at::randint(7, {6}, at::kLong), {}, reduction, -100, 0.1};
     check_second([&](const Tensors& t) { return loss.fused(t); },
                  [&](const Tensors& t) { return loss.stock(t); }, {random({6, 7}, at::kDouble)});
+    check_second(
+        [&](const Tensors& t) { return loss.fused_linear(t); },
+        [&](const Tensors& t) { return loss.stock_linear(t); },
+        {random({6, 5}, at::kDouble), random({7, 5}, at::kDouble), random({7}, at::kDouble)});
   }
 }
 
@@ -186,14 +242,17 @@ TEST(a_tensor_in_two_places_has_both_its_gradients) {
 }
 
 TEST(backward_twice_through_one_graph) {
-  const Tensor logits = random({6, 7});
-  const Tensor loss = torchext::cross_entropy(logits, at::randint(7, {6}, at::kLong));
-  const Tensor three = at::full({}, 3.0f);
-  const Tensor first = grad({loss}, {logits}, {three}, /*retain_graph=*/true)[0];
-  const Tensor second = grad({loss}, {logits}, {}, /*retain_graph=*/true)[0].clone();
-  EXPECT_CLOSE(first, 3 * second, 1e-6);
-  EXPECT_CLOSE(grad({loss}, {logits}, {three})[0], first, 0);
-  EXPECT_THROWS(grad({loss}, {logits}), "second time");
+  const Tensor target = at::randint(7, {6}, at::kLong);
+  const Tensors t = {random({6, 7}), random({7, 7})};
+  for (const Tensor& loss : {torchext::cross_entropy(t[0], target),
+                             torchext::linear_cross_entropy(t[0], t[1], target)}) {
+    const Tensor three = at::full({}, 3.0f);
+    const Tensor first = grad({loss}, {t[0]}, {three}, /*retain_graph=*/true)[0];
+    const Tensor second = grad({loss}, {t[0]}, {}, /*retain_graph=*/true)[0].clone();
+    EXPECT_CLOSE(first, 3 * second, 1e-6);
+    EXPECT_CLOSE(grad({loss}, {t[0]}, {three})[0], first, 0);
+    EXPECT_THROWS(grad({loss}, {t[0]}), "second time");
+  }
 }
 
 // A loss that drops its argument's gradient.

@@ -115,7 +115,32 @@ TEST(cross_entropy_loss_takes_the_stock_options) {
   EXPECT(ours::CrossEntropyLoss()->buffers().empty());
 }
 
+TEST(linear_cross_entropy_loss_is_a_head_and_its_loss) {
+  const auto options = ours::LinearCrossEntropyLossOptions(20, 5).bias(true).label_smoothing(0.1);
+  at::manual_seed(3);
+  ours::LinearCrossEntropyLoss fused(options);
+  at::manual_seed(3);
+  theirs::Linear head(20, 5);
+  EXPECT(fused->named_parameters().keys() ==
+         std::vector<std::string>({"linear.weight", "linear.bias"}));
+  const Tensor input = at::randn({6, 20}), target = at::randint(5, {6}, at::kLong);
+  const auto loss_options = theirs::CrossEntropyLossOptions().label_smoothing(0.1);
+  const Tensor loss = fused(input, target);
+  const Tensor stock_loss = theirs::CrossEntropyLoss(loss_options)(head(input), target);
+  EXPECT_CLOSE(loss, stock_loss, 1e-6);
+  loss.backward();
+  stock_loss.backward();
+  EXPECT_CLOSE(fused->linear->weight.grad(), head->weight.grad(), 1e-6);
+  EXPECT_CLOSE(fused->linear->bias.grad(), head->bias.grad(), 1e-6);
+  const auto clone = std::dynamic_pointer_cast<ours::LinearCrossEntropyLossImpl>(fused->clone());
+  EXPECT_CLOSE(clone->forward(input, target), loss, 0);
+}
+
 TEST(modules_print_themselves) {
+  EXPECT(
+      printed(*ours::LinearCrossEntropyLoss(20, 5))
+          .rfind("torchext::nn::LinearCrossEntropyLoss(in_features=20, num_classes=5, bias=false)",
+                 0) == 0);
   EXPECT(printed(*ours::LinearReLU(20, 8)) ==
          "torchext::nn::LinearReLU(in_features=20, out_features=8, bias=true)");
   EXPECT(printed(*ours::LinearReLU(ours::LinearReLUOptions(2, 3).bias(false))) ==

@@ -1,9 +1,11 @@
 // Modules over the fused ops: drop-ins for their torch::nn namesakes.
 #pragma once
 
+#include <torch/arg.h>
 #include <torch/enum.h>
 #include <torch/nn/cloneable.h>
 #include <torch/nn/init.h>
+#include <torch/nn/modules/linear.h>
 #include <torch/nn/options/linear.h>
 #include <torch/nn/options/loss.h>
 #include <torch/nn/pimpl.h>
@@ -12,6 +14,7 @@
 #include <cmath>
 #include <cstdint>
 #include <ostream>
+#include <utility>
 
 #include <torchext/autograd.h>
 
@@ -94,5 +97,56 @@ class CrossEntropyLossImpl : public torch::nn::Cloneable<CrossEntropyLossImpl> {
   at::Tensor weight;  // (C), or undefined
 };
 TORCH_MODULE(CrossEntropyLoss);
+
+// The options of LinearCrossEntropyLoss; Python's torch.nn.LinearCrossEntropyLoss has the same.
+struct LinearCrossEntropyLossOptions {
+  LinearCrossEntropyLossOptions(int64_t in_features, int64_t num_classes)
+      : in_features_(in_features), num_classes_(num_classes) {}
+
+  TORCH_ARG(int64_t, in_features);
+  TORCH_ARG(int64_t, num_classes);
+  TORCH_ARG(bool, bias) = false;
+  TORCH_ARG(at::Tensor, weight);  // of each class, (num_classes), or undefined
+  TORCH_ARG(CrossEntropyLossOptions::reduction_t, reduction) = torch::kMean;
+  TORCH_ARG(int64_t, ignore_index) = -100;
+  TORCH_ARG(double, label_smoothing) = 0.0;
+};
+
+// The head of a classifier and its loss, without the logits. Parameters linear.weight, linear.bias.
+class LinearCrossEntropyLossImpl : public torch::nn::Cloneable<LinearCrossEntropyLossImpl> {
+ public:
+  LinearCrossEntropyLossImpl(int64_t in_features, int64_t num_classes)
+      : LinearCrossEntropyLossImpl(LinearCrossEntropyLossOptions(in_features, num_classes)) {}
+  explicit LinearCrossEntropyLossImpl(LinearCrossEntropyLossOptions options_)
+      : options(std::move(options_)) {
+    LinearCrossEntropyLossImpl::reset();
+  }
+
+  void reset() override {
+    weight = register_buffer("weight", options.weight());
+    linear = register_module(
+        "linear",
+        torch::nn::Linear(torch::nn::LinearOptions(options.in_features(), options.num_classes())
+                              .bias(options.bias())));
+  }
+
+  void pretty_print(std::ostream& stream) const override {
+    stream << "torchext::nn::LinearCrossEntropyLoss(in_features=" << options.in_features()
+           << ", num_classes=" << options.num_classes()
+           << ", bias=" << (options.bias() ? "true" : "false") << ")";
+  }
+
+  // input (*, in_features), target (*) of class indices or (N, num_classes) of probabilities
+  at::Tensor forward(const at::Tensor& input, const at::Tensor& target) {
+    return linear_cross_entropy(input, linear->weight, target, linear->bias, weight,
+                                torch::enumtype::reduction_get_enum(options.reduction()),
+                                options.ignore_index(), options.label_smoothing());
+  }
+
+  LinearCrossEntropyLossOptions options;
+  at::Tensor weight;  // (num_classes), or undefined
+  torch::nn::Linear linear{nullptr};
+};
+TORCH_MODULE(LinearCrossEntropyLoss);
 
 }  // namespace torchext::nn

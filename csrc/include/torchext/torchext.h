@@ -3,3 +3,4 @@
 
 #include <torchext/autograd.h>
 #include <torchext/nn.h>
+#include <torchext/optim.h>
