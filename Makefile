@@ -4,9 +4,9 @@ PYTHON ?= python3
 VENV ?= .venv
 ARGS ?=
 BIN := $(VENV)/bin
-NATIVE := setup.py pyproject.toml $(wildcard csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu csrc/include/torchext/*.h)
+NATIVE := setup.py pyproject.toml $(wildcard csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu csrc/*/*.cuh csrc/include/torchext/*.h)
 
-.PHONY: help setup train train-cpp test bench lint wheel clean
+.PHONY: help setup train train-cpp test bench lint compile-cuda compile-triton gpu-check wheel clean
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:[^#]*## /\t/' | expand -t 14
 
@@ -27,7 +27,7 @@ train: setup  ## train 784-64-10 on the embedded digits; options in ARGS="..."
 	$(BIN)/torchext train $(ARGS)
 
 train-cpp: setup  ## build the LibTorch trainer (examples/cpp) and run it; options in ARGS="..."
-	@PATH="$(abspath $(BIN)):$$PATH" cmake -G Ninja -S examples/cpp -B build/cpp -Wno-dev --log-level=WARNING \
+	@PATH="$(abspath $(BIN)):$$PATH" cmake -G Ninja -S examples/cpp -B build/cpp --log-level=WARNING \
 	  -DCMAKE_PREFIX_PATH="$$($(BIN)/python -c 'import torch, torchext; print(torchext.cmake_prefix_path(), torch.utils.cmake_prefix_path, sep=";")')"
 	@PATH="$(abspath $(BIN)):$$PATH" cmake --build build/cpp
 	build/cpp/train $(ARGS)
@@ -41,8 +41,18 @@ bench: setup  ## benchmarks on this machine, into benchmarks/results/; options i
 lint: setup  ## ruff, clang-format, mypy
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' | xargs $(BIN)/clang-format --dry-run --Werror
+	git ls-files '*.h' '*.cpp' '*.cu' '*.cuh' | xargs $(BIN)/clang-format --dry-run --Werror
 	$(BIN)/mypy
+
+compile-cuda: setup  ## compile every CUDA kernel, without a GPU; registers, spills, instructions
+	$(BIN)/python scripts/compile_cuda.py $(ARGS)
+
+compile-triton: setup  ## compile every Triton kernel ahead of time, without a GPU; registers, spills
+	$(BIN)/python scripts/compile_triton.py $(ARGS)
+
+# The machine's own python3, torch, nvcc and Triton: such a machine may have no network.
+gpu-check:  ## on a machine with a GPU: build, all tests on CUDA, benchmarks, into OUT=dir
+	$(PYTHON) scripts/gpu_check.py --out "$(or $(OUT),runs/gpu-check)"
 
 wheel: setup  ## build the abi3 wheel into dist/
 	$(BIN)/pip wheel --quiet --no-build-isolation --no-deps -w dist .

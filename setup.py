@@ -1,9 +1,12 @@
-"""Build the native library ``torchext._C``."""
+"""Build the native libraries: ``torchext._C``, and with nvcc ``torchext._C_cuda``."""
 
+import os
+import shutil
 from pathlib import Path
 
+import torch
 from setuptools import setup
-from torch.utils.cpp_extension import BuildExtension, CppExtension
+from torch.utils.cpp_extension import CUDA_HOME, BuildExtension, CppExtension, CUDAExtension
 
 ROOT = Path(__file__).parent.resolve()
 
@@ -25,6 +28,26 @@ CXX_FLAGS = [
     *DEFINES,
     *MATH,
 ]
+# Machine code for Ampere, Hopper and the two Blackwells; the PTX is for what lies between and comes
+# after. TORCH_CUDA_ARCH_LIST takes their place. scripts/compile_cuda.py reads these.
+CUDA_TARGETS = ["sm_80", "sm_90a", "sm_100a", "sm_120", "compute_90"]
+NVCC_FLAGS = ["-O3", "-std=c++20", "-Xcompiler=-fvisibility=hidden", "-DUSE_CUDA", *DEFINES]
+
+
+def gencodes(targets: list[str]) -> list[str]:
+    return [f"-gencode=arch=compute_{code.split('_')[1]},code={code}" for code in targets]
+
+
+def why_no_cuda() -> str:
+    """Says why torchext._C_cuda is not built; nothing where it is."""
+    if os.environ.get("TORCHEXT_CUDA", "1") == "0":
+        return "TORCHEXT_CUDA=0"
+    if torch.version.cuda is None:
+        return f"torch {torch.__version__} is built without CUDA"
+    nvcc = Path(CUDA_HOME or "/", "bin/nvcc")
+    if not nvcc.exists() and shutil.which("nvcc") is None:
+        return "nvcc is missing; install the CUDA toolkit, or set CUDA_HOME"
+    return ""
 
 
 def sources(*patterns: str) -> list[str]:
@@ -33,17 +56,36 @@ def sources(*patterns: str) -> list[str]:
     )
 
 
-setup(
-    ext_modules=[
-        CppExtension(
-            "torchext._C",
-            sources("csrc/ops/*.cpp", "csrc/cpu/*.cpp"),
+extensions = [
+    CppExtension(
+        "torchext._C",
+        sources("csrc/ops/*.cpp", "csrc/cpu/*.cpp"),
+        include_dirs=[str(ROOT / "csrc")],
+        extra_compile_args={"cxx": CXX_FLAGS},
+        depends=sources("csrc/**/*.h"),
+        py_limited_api=True,
+    )
+]
+if reason := why_no_cuda():
+    print(f"torchext: without CUDA kernels (torchext._C_cuda): {reason}")
+else:
+    own = [] if os.environ.get("TORCH_CUDA_ARCH_LIST") else gencodes(CUDA_TARGETS)
+    extensions.append(
+        CUDAExtension(
+            "torchext._C_cuda",
+            sources("csrc/cuda/*.cpp", "csrc/cuda/*.cu"),
             include_dirs=[str(ROOT / "csrc")],
-            extra_compile_args={"cxx": CXX_FLAGS},
-            depends=sources("csrc/**/*.h"),
+            extra_compile_args={
+                "cxx": [*CXX_FLAGS, "-DUSE_CUDA"],
+                "nvcc": [*NVCC_FLAGS, "--threads=2", *own],
+            },
+            depends=sources("csrc/**/*.h", "csrc/**/*.cuh"),
             py_limited_api=True,
         )
-    ],
+    )
+
+setup(
+    ext_modules=extensions,
     cmdclass={"build_ext": BuildExtension},
     options={"bdist_wheel": {"py_limited_api": "cp310"}},
 )

@@ -65,6 +65,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--device", choices=("cpu", "cuda"), default="cpu")
     add("--threads", type=int, help="of torch")
     add("--seconds", type=float, help="of rounds for a case in a pass")
+    add("--budget", type=float, default=0.0, help="seconds of a suite (default: no end)")
     add("--passes", type=int, help="how often to go through all cases")
     add("--rounds", type=int, help="the fewest rounds in a pass")
     add("--cached", action="store_true", help="one input set: large inputs are not rotated")
@@ -89,6 +90,7 @@ def _settings(options: argparse.Namespace) -> Settings:
         device=options.device,
         memory=not options.no_memory,
         cached=options.cached,
+        budget=options.budget,
         providers=tuple(options.provider or ()),
         directions=tuple(options.direction or ()),
         dtypes=tuple(options.dtype or ()),

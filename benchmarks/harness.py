@@ -75,6 +75,7 @@ class Settings:
     sample_ms: float = 2.0  # what one sample lasts at the least: short calls are repeated in it
     memory: bool = True
     cached: bool = False  # one input set, whatever its size
+    budget: float = 0.0  # seconds of a suite, after which its other cases are left out; 0: no end
     providers: tuple[str, ...] = ()  # empty: all
     directions: tuple[str, ...] = ()
     dtypes: tuple[str, ...] = ()
@@ -232,15 +233,25 @@ class CaseRun:
             row.version = provider.version()
         return row
 
+    def leave_out(self, reason: str) -> None:
+        """Says why what has not been measured yet will not be."""
+        for row in self.rows.values():
+            if row.status == "new":
+                row.fail("skipped", reason)
+
     def run(self) -> None:
         """Goes through the rounds of one pass."""
         rows = {name: row for name, row in self.rows.items() if row.status in ("new", "ok")}
         if not any(row.role != "limit" for row in rows.values()):
             return
-        sets = input_sets(self._op, self._case, self._settings.cached)
         tasks: dict[str, Task] = {}
         new = any(row.status == "new" for row in rows.values())
-        truth = check.truth_of(self._op, self._case, sets[0]) if new else None
+        try:
+            sets = input_sets(self._op, self._case, self._settings.cached)
+            truth = check.truth_of(self._op, self._case, sets[0]) if new else None
+        except torch.OutOfMemoryError as error:
+            self.leave_out(" ".join(str(error).split())[:100])
+            return
         clock = clock_of(self._case.device)
         for name, row in rows.items():
             try:
@@ -284,11 +295,16 @@ def run_cases(
     """
     runs = [CaseRun(suite, op, case, settings) for op, case in cases]
     rows += [row for run in runs for row in run.rows.values()]
+    end = time.monotonic() + (settings.budget or math.inf)
     for _ in range(settings.passes):
         for run in runs:
-            if run.rows:
+            if time.monotonic() > end:
+                run.leave_out(f"the suite's {settings.budget:.0f} s were over")
+            elif run.rows:
                 progress(next(iter(run.rows.values())).case)
                 run.run()
+                if settings.device == "cuda":
+                    torch.cuda.empty_cache()  # what is cached is not there for the next case
 
 
 def load_average() -> float:

@@ -16,11 +16,13 @@ SHIPPED = (
     "torchext/_C.abi3.so",
     "torchext/py.typed",
     "torchext/include/torchext/torchext.h",
+    "torchext/include/torchext/optim.h",
     "torchext/include/torchext/ops/cross_entropy.h",
     "torchext/share/cmake/TorchExt/TorchExtConfig.cmake",
     "torchext/data/digits/train-images-idx3-ubyte",
     "torchext/ops/linear_relu.py",
     "torchext/nn/cross_entropy.py",
+    "torchext/triton_kernels/linear_relu.py",
 )
 # What a library of the stable ABI may need of torch: C functions alone. A mangled C++ symbol of
 # torch's (at::, c10::, torch::) would tie the wheel to one torch.
@@ -50,14 +52,17 @@ def main(path: str) -> None:
         for shipped in SHIPPED:
             if shipped not in names:
                 fail(f"{name} lacks {shipped}")
-        wheel.extract("torchext/_C.abi3.so", folder)
-        symbols = undefined_symbols(Path(folder) / "torchext/_C.abi3.so")
+        libraries = [name for name in names if name.endswith(".so")]
+        symbols: list[str] = []
+        for library in libraries:
+            wheel.extract(library, folder)
+            symbols += undefined_symbols(Path(folder) / library)
     unstable = [symbol for symbol in symbols if CXX_OF_TORCH.match(symbol)]
     if unstable:
-        fail(f"_C.abi3.so needs C++ symbols of torch: {unstable[:5]}")
+        fail(f"{name} needs C++ symbols of torch: {unstable[:5]}")
     python = [symbol for symbol in symbols if symbol.startswith(("Py", "_Py"))]
     if python:
-        fail(f"_C.abi3.so needs symbols of Python: {python[:5]}")
+        fail(f"{name} needs symbols of Python: {python[:5]}")
     print(f"{name}: {len(names)} files, {len(symbols)} symbols from outside, all stable")
 
 

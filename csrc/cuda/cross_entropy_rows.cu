@@ -1,0 +1,195 @@
+// cross_entropy of rows of contiguous classes that stay in registers: by groups of lanes, by blocks
+// and by clusters of blocks. A row is read once, whether its gradient is wanted or not.
+//
+// Bytes moved, for N rows of C classes of b bytes:
+//   forward                N C b (the logits) + 8 N (indices) + 12 N (loss, stats)
+//   forward and gradient   2 N C b (the logits, the gradient) + 8 N + 4 N
+//   probabilities          + N C b in the forward, + 2 N C b with the gradient (read again, from
+//                          the cache where a row fits)
+#include "cuda/cross_entropy_slice.cuh"
+
+namespace torchext::cuda {
+namespace {
+
+constexpr int kGroupThreads = 256;
+constexpr int kFewClasses = 64;      // up to here 8 lanes share a row
+constexpr int kGroupClasses = 1024;  // up to here a warp
+constexpr int kPortableCluster = 8;  // a larger one may be refused
+
+constexpr int most_group_classes(int bytes) {
+  return bytes == 8 ? kGroupClasses / 2 : kGroupClasses;
+}
+
+// The most threads of a block. 1024 leave 64 registers a thread, enough for 32 of the row; a dense
+// target, and double, need more.
+constexpr int most_threads(int bytes, bool dense) { return bytes == 8 || dense ? 512 : 1024; }
+
+// Accesses that a thread of a block keeps.
+constexpr int block_items(int bytes, bool wide) { return (wide ? 8 : 16) / (bytes == 8 ? 2 : 1); }
+
+template <typename scalar_t, bool kWide>
+constexpr int kGroupItems =
+    most_group_classes(sizeof(scalar_t)) / 32 / Access<scalar_t, kWide>::kSize;
+
+template <typename scalar_t, bool kWide, bool kDense>
+__global__ void __launch_bounds__(kGroupThreads, 1)
+    cross_entropy_group_kernel(const __grid_constant__ CrossEntropyArgs args, int lanes) {
+  using Part_ = Slice<scalar_t, kWide, kDense, kGroupItems<scalar_t, kWide>>;
+  using acc_t = acc_type<scalar_t>;
+  const int thread = static_cast<int>(threadIdx.x);
+  const int lane = thread % lanes;
+  const int64_t group = static_cast<int64_t>(blockIdx.x) * (kGroupThreads / lanes) + thread / lanes;
+  // A group beyond the last row computes that row again and writes nothing: shuffles need it.
+  const bool writes = group < args.positions;
+  const int64_t position = writes ? group : args.positions - 1;
+  const Place place(args, position);
+  const scalar_t* row = static_cast<const scalar_t*>(args.input) + place.in(args.input_strides);
+  const scalar_t* probabilities = static_cast<const scalar_t*>(args.probabilities);
+  if (probabilities) probabilities += place.in(args.probability_strides);
+
+  const Part part = Part::of<Part_::kSize>(args.classes, lane, lanes);
+  Part_ slice;
+  slice.load(row, part);
+  const auto target = target_of<scalar_t>(args, position, lane == 0 && writes);
+  const acc_t target_x = target.index >= 0 ? to_acc(row[target.index]) : acc_t{0};
+  const acc_t max = group_max(slice.max(part), lanes);
+  Sums<acc_t> sums = slice.sums(args, max, part, probabilities);
+  sums.sum = group_sum(sums.sum, lanes);
+  if constexpr (kDense) {
+    sums.mass = group_sum(sums.mass, lanes);
+    sums.dot = group_sum(sums.dot, lanes);
+  }
+  if (!writes) return;
+  sums = finished(sums);
+  if (lane == 0) write_loss<scalar_t, kDense>(args, position, sums, target, target_x);
+  if (args.gradient == nullptr) return;
+  slice.write_gradient(args, gradient_scale(args, position, sums, target), target, part,
+                       probabilities,
+                       static_cast<scalar_t*>(args.gradient) + place.in(args.gradient_strides));
+}
+
+// One row to a block, or to a cluster of blocks: each block sums its part, the first warp of each
+// reads the parts of all (distributed shared memory) and joins them in one order, so that all
+// blocks have the same bits.
+template <typename scalar_t, bool kWide, bool kDense>
+__global__ void __launch_bounds__(most_threads(sizeof(scalar_t), kDense), 1)
+    cross_entropy_block_kernel(const __grid_constant__ CrossEntropyArgs args) {
+  using Part_ = Slice<scalar_t, kWide, kDense, block_items(sizeof(scalar_t), kWide)>;
+  using acc_t = acc_type<scalar_t>;
+  TORCHEXT_SHARED(Sums<acc_t>, of_warps, 32);
+  TORCHEXT_SHARED(Sums<acc_t>, of_block, 1);
+  TORCHEXT_SHARED(Sums<acc_t>, of_row, 1);
+  const int blocks = Cluster::size();
+  const int rank = Cluster::rank();
+  const int thread = static_cast<int>(threadIdx.x);
+  const int threads = static_cast<int>(blockDim.x);
+  const int lane = thread % 32;
+  const int warp = thread / 32;
+  const int64_t position = blockIdx.x / static_cast<unsigned>(blocks);
+  const bool first = rank == 0 && thread == 0;
+  const Place place(args, position);
+  const scalar_t* row = static_cast<const scalar_t*>(args.input) + place.in(args.input_strides);
+  const scalar_t* probabilities = static_cast<const scalar_t*>(args.probabilities);
+  if (probabilities) probabilities += place.in(args.probability_strides);
+
+  const Part part = Part::of<Part_::kSize>(args.classes, rank * threads + thread, blocks * threads);
+  Part_ slice;
+  slice.load(row, part);
+  const auto target = target_of<scalar_t>(args, position, first);
+  // Before the first barrier: the gradient may overwrite the logits behind it.
+  const acc_t target_x = first && target.index >= 0 ? to_acc(row[target.index]) : acc_t{0};
+  const acc_t warp_max = group_max(slice.max(part));
+  Sums<acc_t> sums = slice.sums(args, warp_max, part, probabilities);
+  sums.sum = group_sum(sums.sum);
+  if constexpr (kDense) {
+    sums.mass = group_sum(sums.mass);
+    sums.dot = group_sum(sums.dot);
+  }
+  if (lane == 0) of_warps[warp] = sums;
+  sync_block();
+  if (warp == 0) {
+    sums = group_joined<kDense>(lane < threads / 32 ? of_warps[lane] : no_sums<acc_t>(), 32);
+    if (lane == 0) (blocks > 1 ? of_block : of_row)[0] = sums;
+  }
+  if (blocks > 1) {
+    Cluster::arrive();
+    Cluster::wait();
+    if (warp == 0) {
+      sums =
+          group_joined<kDense>(lane < blocks ? *Cluster::of(of_block, lane) : no_sums<acc_t>(), 32);
+      if (lane == 0) of_row[0] = sums;
+    }
+    Cluster::arrive();  // has read the others' shared memory: see the end
+  }
+  sync_block();
+  sums = finished(of_row[0]);
+  if (first) write_loss<scalar_t, kDense>(args, position, sums, target, target_x);
+  if (args.gradient) {
+    slice.write_gradient(args, gradient_scale(args, position, sums, target), target, part,
+                         probabilities,
+                         static_cast<scalar_t*>(args.gradient) + place.in(args.gradient_strides));
+  }
+  // A block's shared memory lives as long as the others may read it.
+  if (blocks > 1) Cluster::wait();
+}
+
+template <typename scalar_t, bool kWide>
+cudaError_t launch_rows(const CrossEntropyArgs& args, const RowPlan& plan, cudaStream_t stream) {
+  if (plan.route == RowRoute::kGroup) {
+    const int64_t blocks = ceil_div(args.positions, kGroupThreads / plan.threads);
+    const auto kernel = args.dense ? cross_entropy_group_kernel<scalar_t, kWide, true>
+                                   : cross_entropy_group_kernel<scalar_t, kWide, false>;
+    return launch(kernel, blocks, kGroupThreads, 1, stream, args, plan.threads);
+  }
+  const auto kernel = args.dense ? cross_entropy_block_kernel<scalar_t, kWide, true>
+                                 : cross_entropy_block_kernel<scalar_t, kWide, false>;
+  return launch(kernel, args.positions * plan.cluster, plan.threads, plan.cluster, stream, args);
+}
+
+// Whether every row begins at a multiple of 16 bytes, and so does all that is read beside it. One
+// row alone is judged by its stride, too: its bits are those that it has in a batch.
+bool all_aligned(const CrossEntropyArgs& args, Dtype dtype) {
+  const auto aligned = [&](const void* data, const Strides& strides) {
+    const int bytes = item_bytes(dtype);
+    const bool inner = args.inner == 1 || strides.inner * bytes % 16 == 0;
+    return data == nullptr || (reinterpret_cast<uintptr_t>(data) % 16 == 0 &&
+                               strides.outer * bytes % 16 == 0 && inner);
+  };
+  return aligned(args.input, args.input_strides) &&
+         aligned(args.probabilities, args.probability_strides) &&
+         aligned(args.gradient, args.gradient_strides) && aligned(args.weight, {0, 1, 0});
+}
+
+}  // namespace
+
+int largest_cluster(int device) { return has_clusters(device) ? kPortableCluster : 1; }
+
+RowPlan plan_rows(const CrossEntropyArgs& args, Dtype dtype, int largest_cluster) {
+  const int bytes = item_bytes(dtype);
+  RowPlan plan{RowRoute::kGroup, all_aligned(args, dtype), 32, 1};
+  if (args.classes <= most_group_classes(bytes)) {
+    if (args.classes <= kFewClasses) plan.threads = 8;
+    return plan;
+  }
+  plan.route = RowRoute::kBlock;
+  const int64_t accesses = ceil_div(args.classes, plan.wide ? 16 / bytes : 1);
+  const int64_t threads = ceil_div(accesses, block_items(bytes, plan.wide));
+  // A cluster of blocks of 512 threads, two of which share a multiprocessor, rather than one block
+  // of 1024: the loads of one go with the stores of the other.
+  for (plan.threads = 128; plan.threads < 512 && plan.threads < threads;) plan.threads *= 2;
+  while (plan.cluster < largest_cluster && plan.cluster * plan.threads < threads) plan.cluster *= 2;
+  if (plan.cluster * plan.threads < threads) plan.threads = most_threads(bytes, args.dense);
+  if (plan.cluster * plan.threads < threads) plan.route = RowRoute::kTwoPass;
+  return plan;
+}
+
+cudaError_t launch_cross_entropy_rows(const CrossEntropyArgs& args, Dtype dtype,
+                                      const RowPlan& plan, cudaStream_t stream) {
+  return dispatch(dtype, [&](auto zero) {
+    using scalar_t = decltype(zero);
+    return plan.wide ? launch_rows<scalar_t, true>(args, plan, stream)
+                     : launch_rows<scalar_t, false>(args, plan, stream);
+  });
+}
+
+}  // namespace torchext::cuda

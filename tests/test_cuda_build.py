@@ -1,0 +1,108 @@
+"""What builds and checks the CUDA library says what it does, and fails where it should."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+
+import torchext
+from torchext import _native
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="module")
+def compile_cuda() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("compile_cuda", ROOT / "scripts/compile_cuda.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["compile_cuda"] = module  # dataclasses look there
+    spec.loader.exec_module(module)
+    return module
+
+
+def setup_says(**environment: str) -> str:
+    done = subprocess.run(
+        [sys.executable, "setup.py", "--version"],
+        cwd=ROOT,
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return done.stdout
+
+
+def test_setup_says_why_there_are_no_cuda_kernels() -> None:
+    assert "without CUDA kernels (torchext._C_cuda): TORCHEXT_CUDA=0" in setup_says(
+        TORCHEXT_CUDA="0"
+    )
+    if torch.version.cuda is None:
+        assert "is built without CUDA" in setup_says()
+
+
+def test_the_library_says_why_it_is_not_there() -> None:
+    if torch.version.cuda is None:
+        assert _native.cuda_missing == f"torch {torch.__version__} is built without CUDA"
+    else:
+        assert _native.cuda_missing == "" or "torchext._C_cuda" in _native.cuda_missing
+    assert torchext.backends()["native"].available
+
+
+def test_the_compile_check_reads_what_setup_builds_with(compile_cuda: Any) -> None:
+    constants = compile_cuda.setup_constants()
+    assert constants["CUDA_TARGETS"] == ["sm_80", "sm_90a", "sm_100a", "sm_120", "compute_90"]
+    assert "-DTORCH_STABLE_ONLY" in constants["NVCC_FLAGS"]
+
+
+def test_the_compile_check_needs_nvcc(
+    compile_cuda: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(compile_cuda, "CUDA_HOME", tmp_path)
+    monkeypatch.setattr(compile_cuda.shutil, "which", lambda name: None)
+    with pytest.raises(SystemExit, match="nvcc is missing"):
+        compile_cuda.main.__globals__["tool"]("nvcc")
+
+
+def test_the_compile_check_finds_faults(compile_cuda: Any) -> None:
+    def faults(name: str, arch: str, spills: int = 0, *words: str) -> list[str]:
+        found = compile_cuda.Counter(dict.fromkeys(words, 1))
+        kernel = compile_cuda.Kernel(name, arch, 64, 0, spills, found)
+        return list(compile_cuda.faults_of(kernel))
+
+    wide = ("LDG.E.128", "STG.E.128")
+    cluster = ("UCGABAR_ARV", "UCGABAR_WAIT", "LD.E")
+    block = "cross_entropy_block_kernel<__nv_bfloat16, true, false>"
+    assert faults(block, "sm_90a", 0, *wide, *cluster) == []
+    assert faults(block, "sm_80", 0, *wide) == []
+    assert faults(block, "sm_90a", 0, *wide) == [f"has no {word}" for word in cluster]
+    assert faults(block, "sm_80", 8, *wide) == ["spills 8 bytes"]
+    assert faults("relu_mask_kernel<float, true>", "sm_80") == [f"has no {word}" for word in wide]
+    assert faults("relu_mask_kernel<float, false>", "sm_80") == []
+    assert faults("cross_entropy_stream_kernel<float, true>", "sm_80", 0, wide[0]) == []
+    assert faults("relu_mask_kernel<double, true>", "sm_80", 8) == []  # reported alone
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a CUDA device is here")
+def test_the_gpu_check_fails_without_a_gpu(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "scripts/gpu_check.py", "--out", str(tmp_path)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 1
+    assert "torch finds no CUDA device" in done.stdout
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert not summary["passed"]
+    assert [stage["name"] for stage in summary["stages"]] == ["info"]
