@@ -24,7 +24,7 @@ from torchext import _autograd, _backend, _errors, _native, _triton, reference
 _stock = torch._C._nn.linear
 # Multiplications below which torch's own nodes, in C++, cost less than one of ours in Python.
 _SMALL = 1 << 18
-_PLAIN, _FLOATING, _STRIDED = _backend.PLAIN, _backend.FLOATING, torch.strided
+_PLAIN, _FLOATING = _backend.PLAIN, _backend.FLOATING
 
 
 def linear_relu(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -68,34 +68,30 @@ def linear_relu(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Te
 def _attempt(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """The call, small ones by torch's own ops; what raises is settled."""
     try:
+        ordinary = _backend.ordinary()
         # In this order: a compiler that is capturing must not look at the sizes.
-        if _backend.may_choose() and input.numel() * weight.shape[0] < _SMALL:
+        may_choose = _backend.is_auto() if ordinary else _backend.may_choose()
+        if may_choose and input.numel() * weight.shape[0] < _SMALL:
             return torch.relu(_stock(input, weight, bias))
-        return _linear_relu(input, weight, bias)
+        # The kernel itself refuses the other tensors' devices and layouts.
+        if not (
+            ordinary
+            and type(input) in _PLAIN
+            and type(weight) in _PLAIN
+            and input.is_cpu
+            and input.dtype in _FLOATING
+            and weight.dim() == 2
+            and not (input.is_neg() or weight.is_neg())
+            and (bias is None or (type(bias) in _PLAIN and not bias.is_neg()))
+        ):
+            return _unusual(input, weight, bias)
+        if torch.is_grad_enabled() and (
+            input.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
+        ):
+            return _differentiable(input, weight, bias)
+        return _kernel(input, weight, bias)  # type: ignore[no-any-return]
     except _errors.REFUSALS as error:
         return _settle(error, input, weight, bias)
-
-
-def _linear_relu(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    if (
-        not _backend.ordinary()
-        or type(input) not in _PLAIN
-        or type(weight) not in _PLAIN
-        or input.dtype not in _FLOATING
-        or not (input.is_cpu and weight.is_cpu)
-        or weight.dim() != 2
-        or input.layout is not _STRIDED
-        or weight.layout is not _STRIDED
-        or input.is_neg()
-        or weight.is_neg()
-        or (bias is not None and (type(bias) not in _PLAIN or not bias.is_cpu or bias.is_neg()))
-    ):
-        return _unusual(input, weight, bias)
-    if torch.is_grad_enabled() and (
-        input.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
-    ):
-        return _differentiable(input, weight, bias)
-    return _kernel(input, weight, bias)  # type: ignore[no-any-return]
 
 
 def _unusual(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
