@@ -114,11 +114,6 @@ def ordinary(any_backend: bool = False) -> bool:
     )
 
 
-def is_auto() -> bool:
-    """Whether no `use_backend` is in force."""
-    return _active == "auto"
-
-
 def may_choose() -> bool:
     """Whether `auto` may give a small call to torch's stock op: nothing is being captured."""
     return _active == "auto" and not _is_compiling() and _tracing_state() is None

@@ -35,7 +35,7 @@ inline void addmm_out(const Tensor& out, const Tensor& added, const Tensor& left
 // cache. Large products are the library's to share out.
 template <typename Block>
 void by_weight_rows(int64_t weight_rows, int64_t work, const Block& block) {
-  constexpr int64_t kLeast = int64_t{1} << 20, kMost = int64_t{1} << 24;  // multiplications
+  constexpr int64_t kLeast = int64_t{1} << 22, kMost = int64_t{1} << 24;  // multiplications
   constexpr int64_t kRows = 16;
   const auto threads = static_cast<int64_t>(torch::stable::get_num_threads());
   const int64_t units = (weight_rows + kRows - 1) / kRows;

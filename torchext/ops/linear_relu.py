@@ -21,9 +21,6 @@ from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from torchext import _autograd, _backend, _errors, _native, _triton, reference
 
-_stock = torch._C._nn.linear
-# Multiplications below which torch's own nodes, in C++, cost less than one of ours in Python.
-_SMALL = 1 << 18
 _PLAIN, _FLOATING = _backend.PLAIN, _backend.FLOATING
 
 
@@ -35,7 +32,7 @@ def linear_relu(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Te
     Takes every call that ``F.relu(F.linear(input, weight, bias))`` takes, with the same result and
     gradients: the gradient at 0 is 0, NaN stays NaN. Only the gradients that are asked for are
     computed. float32, float64, bfloat16 and float16 on the CPU run on the fused kernel; anything
-    else, and what is too small to gain, runs as the two stock ops. Under autocast it takes the
+    else runs as the two stock ops. Under autocast it takes the
     dtype that ``F.linear`` takes.
 
     Args:
@@ -66,16 +63,11 @@ def linear_relu(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Te
 
 
 def _attempt(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """The call, small ones by torch's own ops; what raises is settled."""
+    """The call; what raises is settled."""
     try:
-        ordinary = _backend.ordinary()
-        # In this order: a compiler that is capturing must not look at the sizes.
-        may_choose = _backend.is_auto() if ordinary else _backend.may_choose()
-        if may_choose and input.numel() * weight.shape[0] < _SMALL:
-            return torch.relu(_stock(input, weight, bias))
         # The kernel itself refuses the other tensors' devices and layouts.
         if not (
-            ordinary
+            _backend.ordinary()
             and type(input) in _PLAIN
             and type(weight) in _PLAIN
             and input.is_cpu

@@ -1,0 +1,31 @@
+"""The examples run as their docstrings say, and their heads agree."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+GPT = Path(__file__).parent.parent / "examples" / "gpt" / "train.py"
+SMALL = "--vocabulary 600 --context 16 --width 32 --layers 1 --batch 2 --device cpu".split()
+
+
+def test_gpt_heads_agree() -> None:
+    command = [sys.executable, str(GPT), *SMALL, "--steps", "3"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    _, names, *rows = done.stdout.splitlines()
+    assert names.split()[0] == "head"
+    losses = {row[:16].strip(): float(row[16:].split()[0]) for row in rows}
+    assert {"stock", "torchext"} <= losses.keys()
+    for loss in losses.values():
+        assert loss == pytest.approx(losses["stock"], rel=1e-4)
+
+
+def test_gpt_refuses_a_small_vocabulary() -> None:
+    done = subprocess.run(
+        [sys.executable, str(GPT), "--vocabulary", "10"], capture_output=True, text=True
+    )
+    assert done.returncode == 2
+    assert "--vocabulary of 512 or more" in done.stderr
