@@ -81,9 +81,10 @@ def test_no_python_in_the_process(unit, programs):
 @pytest.mark.parametrize(
     "options",
     [
-        # The defaults, as far as they are not chaotic: from epoch 7 on a hidden unit that is 0 but
-        # for rounding can go either way.
-        "--data digits --batch-size 100 --epochs 5",
+        # Not every setting: with a large learning rate training is chaotic, and a hidden unit that
+        # is 0 but for rounding goes one way or the other.
+        "--data digits --batch-size 100",  # the defaults: 30 epochs
+        "--seed 1",
         "--data digits --batch-size 100 --epochs 30 --lr 0.03 --seed 3",
         "--epochs 8 --lr 0.1 --momentum 0",
         "--epochs 3 --batch-size 1",

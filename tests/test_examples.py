@@ -9,11 +9,12 @@ from pathlib import Path
 import pytest
 
 GPT = Path(__file__).parent.parent / "examples" / "gpt" / "train.py"
-SMALL = "--vocabulary 600 --context 16 --width 32 --layers 1 --batch 2 --device cpu".split()
+SIZES = {"vocabulary": 600, "context": 16, "width": 32, "layers": 1, "batch": 2, "device": "cpu"}
 
 
 def test_gpt_heads_agree() -> None:
-    command = [sys.executable, str(GPT), *SMALL, "--steps", "3"]
+    options = [f"--{name}={value}" for name, value in SIZES.items()]
+    command = [sys.executable, str(GPT), *options, "--steps=3"]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     _, names, *rows = done.stdout.splitlines()
     assert names.split()[0] == "head"

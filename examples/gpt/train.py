@@ -2,11 +2,12 @@
 
     python examples/gpt/train.py [--vocabulary 32000] [--steps 20] [--device cpu|cuda]
 
-The head is where a small model with a large vocabulary spends its memory: stock, the logits of every
-token, their log-softmax and their gradient. `torchext.nn.LinearCrossEntropyLoss` is `nn.Linear` and
-`nn.CrossEntropyLoss` in one, without them. All heads start from the same weights and see the same
-batches of a made-up language (each of the 512 words in use has a favourite successor), so the losses
-agree. Each head trains in a process of its own, so that its peak memory is its own.
+The head is where a small model with a large vocabulary spends its memory: stock, the logits of
+every token, their log-softmax and their gradient. `torchext.nn.LinearCrossEntropyLoss` is
+`nn.Linear` and `nn.CrossEntropyLoss` in one, without them. All heads start from the same weights
+and see the same batches of a made-up language (each of the 512 words in use has a favourite
+successor), so the losses agree. Each head trains in a process of its own, so that its peak memory
+is its own.
 """
 
 from __future__ import annotations
@@ -81,8 +82,8 @@ HEADS: dict[str, Callable[[int, int], nn.Module]] = {
     "stock": StockHead,
     "torchext": torchext.nn.LinearCrossEntropyLoss,
 }
-if hasattr(nn, "LinearCrossEntropyLoss"):  # torch 2.13's, in chunks
-    HEADS["torch, chunked"] = nn.LinearCrossEntropyLoss
+if hasattr(nn, "LinearCrossEntropyLoss"):  # since 2.13; as it comes, without its chunking options
+    HEADS["torch's own"] = nn.LinearCrossEntropyLoss
 
 
 def sentences(rows: int, tokens: int, generator: torch.Generator) -> Tensor:
@@ -145,7 +146,8 @@ def main() -> None:
         return
     print(
         f"{options.layers} layers of {options.width}, {options.vocabulary:,} words, "
-        f"{options.batch} x {options.context} tokens a step, {options.steps} steps on {options.device}"
+        f"{options.batch} x {options.context} tokens a step, {options.steps} steps, "
+        f"{options.device}"
     )
     print(f"{'head':<16}{'loss':>10}{'ms a step':>12}{'peak MB above':>14}", flush=True)
     for name in HEADS:
