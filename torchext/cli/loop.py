@@ -153,8 +153,9 @@ def _fused_loss(model: nn.Sequential) -> Loss:
     assert isinstance(output, nn.Linear)
 
     def loss(images: Tensor, labels: Tensor) -> Tensor:
-        return torchext.linear_cross_entropy(
+        result: Tensor = torchext.linear_cross_entropy(
             hidden(images), output.weight, labels, linear_bias=output.bias
         )
+        return result
 
     return loss

@@ -6,13 +6,15 @@ import torch
 from torch import Tensor, nn
 
 from torchext.ops.cross_entropy import cross_entropy, scripted
+from torchext.ops.extras import NONE, Extras
 
 
 class CrossEntropyLoss(nn.CrossEntropyLoss):
     """Computes the cross-entropy between logits and targets.
 
-    Constructor and ``state_dict`` are those of :class:`torch.nn.CrossEntropyLoss`, with one
-    argument more. Shapes, formula and errors: :func:`torchext.cross_entropy`.
+    Constructor and ``state_dict`` are those of :class:`torch.nn.CrossEntropyLoss`, with the extras
+    of :func:`torchext.cross_entropy`, which TorchScript does not have. Shapes, formula and errors
+    are that function's.
 
     Args:
         weight: a weight for each class, a buffer of the module.
@@ -21,10 +23,16 @@ class CrossEntropyLoss(nn.CrossEntropyLoss):
         reduce: deprecated, see `reduction`.
         reduction: ``"none"``, ``"mean"`` or ``"sum"``.
         label_smoothing: how much of each target is spread over all classes, in [0, 1].
+        z_loss: adds ``z_loss * lse ** 2`` to each position's loss.
+        softcap: takes ``softcap * tanh(logits / softcap)`` for the logits.
+        logit_scale: multiplies the logits first.
         inplace_backward: lets the gradient overwrite the logits.
+        return_lse: returns the logits' log-sum-exp too.
+        return_argmax: returns the class of the largest logit too.
+        ignored_mean: what a mean over no target gives: ``"nan"`` or ``"zero"``.
     """
 
-    __constants__ = ["ignore_index", "reduction", "label_smoothing", "inplace_backward"]
+    __constants__ = ["ignore_index", "reduction", "label_smoothing", "plain"]
 
     def __init__(
         self,
@@ -35,14 +43,26 @@ class CrossEntropyLoss(nn.CrossEntropyLoss):
         reduction: str = "mean",
         label_smoothing: float = 0.0,
         *,
+        z_loss: float = 0.0,
+        softcap: float | None = None,
+        logit_scale: float = 1.0,
         inplace_backward: bool = False,
+        return_lse: bool = False,
+        return_argmax: bool = False,
+        ignored_mean: str = "nan",
     ) -> None:
         super().__init__(weight, size_average, ignore_index, reduce, reduction, label_smoothing)
         self.inplace_backward = inplace_backward
+        extras = Extras(z_loss, softcap, logit_scale, return_lse, return_argmax, ignored_mean)
+        extras.check("CrossEntropyLoss")
+        self.plain = extras == NONE
+        self.extras = {} if self.plain else extras._asdict()
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
-        """Returns the loss of logits `input` against `target`."""
+        """Returns the loss of logits `input` against `target`, or a tuple with what else it has."""
         if torch.jit.is_scripting():  # type: ignore[attr-defined]
+            if not self.plain:
+                raise RuntimeError("CrossEntropyLoss: TorchScript has no extras")
             return scripted(
                 input,
                 target,
@@ -51,13 +71,17 @@ class CrossEntropyLoss(nn.CrossEntropyLoss):
                 self.reduction,
                 self.label_smoothing,
             )
-        else:
-            return cross_entropy(
-                input,
-                target,
-                weight=self.weight,
-                ignore_index=self.ignore_index,
-                reduction=self.reduction,
-                label_smoothing=self.label_smoothing,
-                inplace_backward=self.inplace_backward,
-            )
+        return self._eager(input, target)
+
+    @torch.jit.unused
+    def _eager(self, input: Tensor, target: Tensor) -> Tensor:
+        return cross_entropy(  # type: ignore[no-any-return]
+            input,
+            target,
+            weight=self.weight,
+            ignore_index=self.ignore_index,
+            reduction=self.reduction,
+            label_smoothing=self.label_smoothing,
+            inplace_backward=self.inplace_backward,
+            **self.extras,
+        )

@@ -7,6 +7,7 @@ import math
 import torch
 from torch import Tensor, nn
 
+from torchext.ops.extras import NONE, Extras
 from torchext.ops.linear_cross_entropy import linear_cross_entropy
 
 
@@ -28,6 +29,12 @@ class LinearCrossEntropyLoss(nn.Module):
         weight: a weight for each class, a buffer of the module.
         ignore_index: the class index that counts for nothing; None means -100.
         label_smoothing: how much of each target is spread over all classes, in [0, 1].
+        z_loss: adds ``z_loss * lse ** 2`` to each position's loss.
+        softcap: takes ``softcap * tanh(logits / softcap)`` for the logits.
+        logit_scale: multiplies the logits first.
+        return_lse: returns the logits' log-sum-exp too.
+        return_argmax: returns the class of the largest logit too.
+        ignored_mean: what a mean over no target gives: ``"nan"`` or ``"zero"``.
     """
 
     __constants__ = ["num_classes", "out_features", "reduction", "ignore_index", "label_smoothing"]
@@ -46,8 +53,17 @@ class LinearCrossEntropyLoss(nn.Module):
         weight: Tensor | None = None,
         ignore_index: int | None = None,
         label_smoothing: float = 0.0,
+        z_loss: float = 0.0,
+        softcap: float | None = None,
+        logit_scale: float = 1.0,
+        return_lse: bool = False,
+        return_argmax: bool = False,
+        ignored_mean: str = "nan",
     ) -> None:
         super().__init__()
+        extras = Extras(z_loss, softcap, logit_scale, return_lse, return_argmax, ignored_mean)
+        extras.check("LinearCrossEntropyLoss")
+        self.extras = {} if extras == NONE else extras._asdict()
         if weight is not None and weight.shape != (num_classes,):
             raise RuntimeError(
                 f"LinearCrossEntropyLoss: expected weight of shape {(num_classes,)}, but got "
@@ -70,7 +86,7 @@ class LinearCrossEntropyLoss(nn.Module):
         )
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
-        """Returns the loss of `input` against `target`."""
+        """Returns the loss of `input` against `target`, or a tuple with what else it has."""
         linear = self.linear
         linear_weight: Tensor = linear.weight
         linear_bias: Tensor | None = linear.bias
@@ -78,7 +94,7 @@ class LinearCrossEntropyLoss(nn.Module):
             inner = (self.num_classes, *self.out_features)
             linear_weight = linear_weight.reshape((*inner, linear.in_features))
             linear_bias = None if linear_bias is None else linear_bias.reshape(inner)
-        return linear_cross_entropy(
+        return linear_cross_entropy(  # type: ignore[no-any-return]
             input,
             linear_weight,
             target,
@@ -87,6 +103,7 @@ class LinearCrossEntropyLoss(nn.Module):
             reduction=self.reduction,
             ignore_index=self.ignore_index,
             label_smoothing=self.label_smoothing,
+            **self.extras,
         )
 
     def extra_repr(self) -> str:

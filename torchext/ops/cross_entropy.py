@@ -15,6 +15,7 @@ Siblings: csrc/{ops,cpu}/cross_entropy*, torchext/nn/cross_entropy.py, tests/tes
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,6 +25,8 @@ from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from torchext import _autograd, _backend, _errors, _native, reference
 from torchext.ops import cross_entropy_fake, cross_entropy_triton
+from torchext.ops import extras as with_extras
+from torchext.ops.extras import Extras
 
 _PLAIN, _FLOATING = _backend.PLAIN, _backend.FLOATING
 _INDICES = frozenset({torch.int64, torch.int32, torch.uint8})
@@ -46,8 +49,14 @@ def cross_entropy(
     reduction: str = "mean",
     label_smoothing: float = 0.0,
     *,
+    z_loss: float = 0.0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
     inplace_backward: bool = False,
-) -> Tensor:
+    return_lse: bool = False,
+    return_argmax: bool = False,
+    ignored_mean: str = "nan",
+) -> Any:
     r"""Computes the cross-entropy between logits and targets: ``F.cross_entropy`` in one pass.
 
     .. math::
@@ -68,16 +77,22 @@ def cross_entropy(
         input: the logits, not normalised.
         target: class indices (int64, int32, uint8), or probabilities of input's shape.
         weight: a weight for each class.
-        size_average: deprecated, see `reduction`.
+        size_average: deprecated, as `reduce`: see `reduction`.
         ignore_index: the class index that counts for nothing. Not used with probabilities.
         reduce: deprecated, see `reduction`.
         reduction: ``"none"``, ``"mean"`` or ``"sum"``.
         label_smoothing: how much of each target is spread over all classes, in [0, 1].
+        z_loss: adds ``z_loss * lse ** 2``, lse the log-sum-exp, to each loss that is not ignored.
+        softcap: takes ``softcap * tanh(logits / softcap)`` for the logits.
+        logit_scale: multiplies the logits first.
         inplace_backward: lets the gradient overwrite the logits, which saves a tensor of their size
             and most of the time of a large loss. The logits hold the gradient from the forward call
             on, and autograd knows: whatever saved them for its own backward raises the usual error
             about an in-place change. Has an effect where a gradient of a mean or sum is wanted of
             contiguous logits in float32, float64 or bfloat16. No second derivatives.
+        return_lse: returns lse, too, differentiable, in float32 or wider.
+        return_argmax: returns the class of the largest logit too.
+        ignored_mean: what a mean over no target gives: ``"nan"``, as in torch, or ``"zero"``.
 
     Shape:
         - input: :math:`(C)`, :math:`(N, C)` or :math:`(N, C, d_1, ..., d_K)`; read in place,
@@ -87,7 +102,8 @@ def cross_entropy(
         - output: a scalar, or the shape of class indices if reduction is ``"none"``
 
     Returns:
-        The loss, of input's dtype.
+        The loss, of input's dtype; with return_lse or return_argmax a tuple of it and those. All
+        extras but inplace_backward are torch's ops around the kernel: see `torchext.ops.extras`.
 
     Raises:
         IndexError: where a class index is neither in [0, C) nor `ignore_index`.
@@ -107,7 +123,23 @@ def cross_entropy(
             ignore_index=ignore_index,
             reduction=reduction,
             label_smoothing=label_smoothing,
+            z_loss=z_loss,
+            softcap=softcap,
+            logit_scale=logit_scale,
             inplace_backward=inplace_backward,
+            return_lse=return_lse,
+            return_argmax=return_argmax,
+            ignored_mean=ignored_mean,
+        )
+    if (
+        z_loss or softcap is not None or logit_scale != 1.0
+        or return_lse or return_argmax or ignored_mean != "nan"
+    ):  # fmt: skip
+        extras = Extras(z_loss, softcap, logit_scale, return_lse, return_argmax, ignored_mean)
+        inplace = inplace_backward and not extras.need_logits  # others read the logits, too
+        arguments = (input, target, weight, ignore_index, reduction, label_smoothing)
+        return with_extras.cross_entropy(
+            partial(_attempt, inplace_backward=inplace), extras, *arguments
         )
     return _attempt(
         input, target, weight, ignore_index, reduction, label_smoothing, inplace_backward
@@ -122,10 +154,7 @@ def scripted(
     reduction: str,
     label_smoothing: float,
 ) -> Tensor:
-    """The call as TorchScript takes it, for `torchext.nn.CrossEntropyLoss`.
-
-    TorchScript has no keyword-only arguments, so that `cross_entropy` cannot be scripted itself.
-    """
+    """The call as TorchScript takes it (no keyword-only arguments), for the module."""
     code = 1
     if reduction == "none":
         code = 0

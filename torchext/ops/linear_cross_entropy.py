@@ -4,12 +4,10 @@
     loss = cross_entropy(logits, target)                see torchext/ops/cross_entropy.py
 
 The kernel walks chunks of rows: a chunk's logits, their loss, and in their place their gradient,
-which goes into the gradients of input and linear_weight at once. Backward multiplies those by the
-gradient of the loss. For reduction "none", and where that would round twice, it makes the logits a
-second time, from each row's maximum and sum of exponentials (`stats`).
+which goes into the gradients of input and linear_weight at once. Backward multiplies those by that
+of the loss. For reduction "none", and where that would round twice, it makes the logits again.
 
-Siblings: csrc/{ops,cpu}/linear_cross_entropy.*, torchext/nn/linear_cross_entropy.py,
-tests/test_linear_cross_entropy.py.
+Siblings: {csrc/{ops,cpu},torchext/nn}/linear_cross_entropy.*, tests/test_linear_cross_entropy.py
 """
 
 from __future__ import annotations
@@ -23,12 +21,15 @@ from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from torchext import _autograd, _backend, _errors, _native, reference
+from torchext.ops import extras as with_extras
 from torchext.ops.cross_entropy_fake import REDUCTIONS
+from torchext.ops.extras import Extras
 
 _CODES = {name: code for code, name in enumerate(REDUCTIONS)}
 _INDICES = frozenset({torch.int64, torch.int32, torch.uint8})
 _FLOAT32, _FLOAT64 = torch.float32, torch.float64
 _PLAIN, _FLOATING = _backend.PLAIN, _backend.FLOATING
+_NO_EXTRAS = tuple(with_extras.NONE)
 _NOTHING = (False, False, False)
 
 
@@ -42,7 +43,13 @@ def linear_cross_entropy(
     reduction: str = "mean",
     ignore_index: int | None = None,
     label_smoothing: float = 0.0,
-) -> Tensor:
+    z_loss: float = 0.0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    return_lse: bool = False,
+    return_argmax: bool = False,
+    ignored_mean: str = "nan",
+) -> Any:
     r"""Computes the cross-entropy of linearly transformed input, without the logits.
 
     The same as ``F.cross_entropy(F.linear(input, linear_weight, linear_bias), target, ...)``, and
@@ -64,6 +71,12 @@ def linear_cross_entropy(
         ignore_index: the class index that counts for nothing; None means -100. Not to be given with
             probabilities.
         label_smoothing: how much of each target is spread over all classes, in [0, 1].
+        z_loss: this and the following as in `torchext.cross_entropy`, on the whole logits.
+        softcap: likewise.
+        logit_scale: likewise; alone, in float32 or float64, without the logits.
+        return_lse: likewise.
+        return_argmax: likewise.
+        ignored_mean: likewise, without the logits.
 
     Shape:
         - input: :math:`(H)` or :math:`(*, H)`
@@ -75,7 +88,7 @@ def linear_cross_entropy(
         - output: a scalar, or the shape of class indices if reduction is ``"none"``
 
     Returns:
-        The loss, of input's dtype.
+        The loss, of input's dtype, or a tuple, see `torchext.cross_entropy`.
 
     Raises:
         IndexError: where a class index is neither in [0, C) nor `ignore_index`.
@@ -96,8 +109,21 @@ def linear_cross_entropy(
             reduction=reduction,
             ignore_index=ignore_index,
             label_smoothing=label_smoothing,
+            z_loss=z_loss,
+            softcap=softcap,
+            logit_scale=logit_scale,
+            return_lse=return_lse,
+            return_argmax=return_argmax,
+            ignored_mean=ignored_mean,
         )
     arguments = (*tensors, reduction, ignore_index, label_smoothing)
+    asked = (z_loss, softcap, logit_scale, return_lse, return_argmax, ignored_mean)
+    if asked != _NO_EXTRAS:
+        return with_extras.linear_cross_entropy(_attempt, Extras(*asked), *arguments)
+    return _attempt(*arguments)
+
+
+def _attempt(*arguments: Any) -> Tensor:
     try:
         return _linear_cross_entropy(*arguments)
     except _errors.REFUSALS as error:

@@ -1,0 +1,224 @@
+"""The losses' extras against their definition in float64, with gradients."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import torchext
+import torchext.nn
+
+EXTRAS: list[dict[str, Any]] = [
+    {"z_loss": 0.1},
+    {"softcap": 3.0},
+    {"logit_scale": 0.5},
+    {"return_lse": True},
+    {"return_argmax": True},
+    {"ignored_mean": "zero"},
+    {"z_loss": 0.2, "softcap": 5.0, "logit_scale": 2.0, "return_lse": True, "return_argmax": True},
+]
+OPTIONS: list[dict[str, Any]] = [
+    {},
+    {"reduction": "sum"},
+    {"reduction": "none"},
+    {"label_smoothing": 0.1, "weight": True},
+    {"reduction": "none", "weight": True},
+]
+
+
+def truth(
+    x: Tensor,
+    target: Tensor,
+    *,
+    weight: Tensor | None = None,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    return_lse: bool = False,
+    return_argmax: bool = False,
+    ignored_mean: str = "nan",
+) -> tuple[Tensor, ...]:
+    """The definition, over rows (N, C), term by term."""
+    z = x * logit_scale
+    z = z if softcap is None else softcap * torch.tanh(z / softcap)
+    lse = z.exp().sum(1).log()
+    ones = torch.ones(x.shape[1], dtype=x.dtype) if weight is None else weight
+    if target.is_floating_point():
+        t, kept = target, torch.ones(len(x), dtype=x.dtype)
+        masses = kept
+    else:
+        kept = (target != -100).to(x.dtype)
+        safe = target.clamp(min=0)
+        t, masses = F.one_hot(safe, x.shape[1]).to(x.dtype), ones[safe] * kept
+    q = ones * ((1 - label_smoothing) * t + label_smoothing / x.shape[1])
+    rows = kept * (-(q * (z - lse[:, None])).sum(1) + z_loss * lse**2)
+    loss = {"none": rows, "sum": rows.sum(), "mean": rows.sum() / masses.sum()}[reduction]
+    if reduction == "mean" and masses.sum() == 0 and ignored_mean == "zero":
+        loss = rows.sum()
+    return (loss, *([lse] if return_lse else []), *([z.argmax(1)] if return_argmax else []))
+
+
+def as_tuple(result: Any) -> tuple[Tensor, ...]:
+    return result if isinstance(result, tuple) else (result,)
+
+
+def check(
+    found: Any, expected: tuple[Tensor, ...], leaves: list[Tensor], wide: list[Tensor]
+) -> None:
+    found = as_tuple(found)
+    assert len(found) == len(expected)
+    upstream = [torch.randn(value.shape, dtype=torch.float64) for value in expected]
+    for value, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(value.to(other.dtype), other, rtol=1e-5, atol=1e-5)
+    floating = [i for i, value in enumerate(expected) if value.is_floating_point()]
+    total = sum((found[i].double() * upstream[i]).sum() for i in floating)
+    other_total = sum((expected[i] * upstream[i]).sum() for i in floating)
+    grads = torch.autograd.grad(total, leaves)  # type: ignore[arg-type]
+    others = torch.autograd.grad(other_total, wide)  # type: ignore[arg-type]
+    for grad, other in zip(grads, others, strict=True):
+        torch.testing.assert_close(grad.double(), other, rtol=1e-4, atol=1e-5)
+
+
+def targets(rows: int, classes: int, kind: str) -> Tensor:
+    if kind == "probabilities":
+        return torch.randn(rows, classes).softmax(1)
+    target = torch.randint(classes, (rows,))
+    target[1] = -100
+    return target
+
+
+def case(options: dict[str, Any], classes: int) -> tuple[dict[str, Any], dict[str, Any]]:
+    weight = torch.rand(classes) + 0.5 if options.get("weight") else None
+    found = {**options, "weight": weight}
+    return found, {**options, "weight": None if weight is None else weight.double()}
+
+
+@pytest.mark.parametrize("kind", ["indices", "probabilities"])
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize("extras", EXTRAS, ids=str)
+@pytest.mark.parametrize("which", ["auto", "native", "eager"])
+def test_cross_entropy(
+    which: str, extras: dict[str, Any], options: dict[str, Any], kind: str
+) -> None:
+    x = torch.randn(7, 11, requires_grad=True)
+    wide = x.detach().double().requires_grad_()
+    target = targets(7, 11, kind)
+    ours, theirs = case(options, 11)
+    double = target.double() if kind == "probabilities" else target
+    with torchext.use_backend(which):
+        found = torchext.cross_entropy(x, target, **ours, **extras)
+    check(found, truth(wide, double, **theirs, **extras), [x], [wide])
+
+
+@pytest.mark.parametrize("kind", ["indices", "probabilities"])
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize("extras", EXTRAS, ids=str)
+def test_linear_cross_entropy(extras: dict[str, Any], options: dict[str, Any], kind: str) -> None:
+    tensors = [torch.randn(shape) for shape in ((7, 6), (11, 6), (11,))]
+    leaves = [tensor.clone().requires_grad_() for tensor in tensors]
+    wide = [tensor.double().requires_grad_() for tensor in tensors]
+    target = targets(7, 11, kind)
+    ours, theirs = case(options, 11)
+    double = target.double() if kind == "probabilities" else target
+    x, w, b = leaves
+    found = torchext.linear_cross_entropy(x, w, target, linear_bias=b, **ours, **extras)
+    expected = truth(F.linear(*wide), double, **theirs, **extras)
+    check(found, expected, leaves, wide)
+
+
+def test_shapes_of_positions_and_sequences() -> None:
+    """(N, C, d) and (B, T, H): lse and argmax have the shape of the targets."""
+    x, target = torch.randn(2, 5, 3), torch.randint(5, (2, 3))
+    loss, lse, argmax = torchext.cross_entropy(
+        x, target, reduction="none", z_loss=0.1, return_lse=True, return_argmax=True
+    )
+    assert loss.shape == lse.shape == argmax.shape == target.shape
+    torch.testing.assert_close(lse, x.logsumexp(1))
+    h, w = torch.randn(2, 3, 4), torch.randn(5, 4)
+    loss, lse, argmax = torchext.linear_cross_entropy(
+        h, w, target, reduction="none", return_lse=True, return_argmax=True
+    )
+    assert loss.shape == lse.shape == argmax.shape == target.shape
+    assert torch.equal(argmax, (h @ w.T).argmax(-1))
+    x = torch.randn(5)
+    loss, lse = torchext.cross_entropy(x, torch.tensor(2), z_loss=0.1, return_lse=True)
+    torch.testing.assert_close(loss, lse - x[2] + 0.1 * lse**2)
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+def test_a_mean_over_no_target(weighted: bool) -> None:
+    x, target = torch.randn(3, 5, requires_grad=True), torch.full((3,), -100)
+    weight = torch.rand(5) if weighted else None
+    for z_loss in (0.0, 0.1):
+        nan = torchext.cross_entropy(x, target, weight, z_loss=z_loss)
+        zero = torchext.cross_entropy(x, target, weight, z_loss=z_loss, ignored_mean="zero")
+        assert torch.isnan(nan)
+        assert zero == 0
+        assert torch.equal(torch.autograd.grad(zero, x)[0], torch.zeros(3, 5))
+    w = torch.randn(5, 4)
+    h = torch.randn(3, 4, requires_grad=True)
+    zero = torchext.linear_cross_entropy(h, w, target, weight=weight, ignored_mean="zero")
+    assert zero == 0
+    assert torch.equal(torch.autograd.grad(zero, h)[0], torch.zeros(3, 4))
+
+
+@pytest.mark.parametrize("extras", EXTRAS, ids=str)
+def test_modules(extras: dict[str, Any]) -> None:
+    x, target = torch.randn(6, 8), torch.randint(5, (6,))
+    head = torchext.nn.LinearCrossEntropyLoss(8, 5, bias=True, **extras)
+    logits = head.linear(x)
+    losses = torchext.nn.CrossEntropyLoss(**extras)(logits, target)
+    expected = as_tuple(torchext.cross_entropy(logits, target, **extras))
+    for found in (losses, head(x, target)):
+        for value, other in zip(as_tuple(found), expected, strict=True):
+            torch.testing.assert_close(value, other, rtol=1e-5, atol=1e-6)
+
+
+def test_second_derivatives_and_compile() -> None:
+    x = torch.randn(3, 4, dtype=torch.float64, requires_grad=True)
+    target = torch.tensor([0, 2, -100])
+
+    def loss(x: Tensor) -> Tensor:
+        total, lse = torchext.cross_entropy(
+            x, target, z_loss=0.1, softcap=2.0, logit_scale=1.5, return_lse=True
+        )
+        return total + lse.sum()
+
+    assert torch.autograd.gradcheck(loss, x)
+    assert torch.autograd.gradgradcheck(loss, x)
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x), loss(x))
+
+
+def test_low_precision_lse_is_float32() -> None:
+    x = torch.randn(4, 300, dtype=torch.bfloat16)
+    loss, lse = torchext.cross_entropy(x, torch.arange(4), z_loss=1e-4, return_lse=True)
+    assert loss.dtype == torch.bfloat16
+    torch.testing.assert_close(lse, x.float().logsumexp(1))
+
+
+@pytest.mark.parametrize(
+    ("extras", "message"),
+    [
+        ({"softcap": 0.0}, "softcap above 0"),
+        ({"ignored_mean": "none"}, "ignored_mean to be one of"),
+    ],
+)
+def test_values_without_a_meaning(extras: dict[str, Any], message: str) -> None:
+    x, target = torch.randn(3, 4), torch.tensor([0, 1, 2])
+    with pytest.raises(ValueError, match=f"^cross_entropy: expected {message}"):
+        torchext.cross_entropy(x, target, **extras)
+    with pytest.raises(ValueError, match=f"^linear_cross_entropy: expected {message}"):
+        torchext.linear_cross_entropy(x, torch.randn(4, 4), target, **extras)
+
+
+def test_torchscript_refuses_what_it_lacks() -> None:
+    scripted = torch.jit.script(torchext.nn.CrossEntropyLoss(z_loss=0.1))
+    with pytest.raises(Exception, match="TorchScript has no extras"):
+        scripted(torch.randn(3, 4), torch.tensor([0, 1, 2]))

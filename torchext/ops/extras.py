@@ -1,0 +1,231 @@
+r"""What the losses can do beside the stock ones, made of differentiable ops.
+
+    z = softcap tanh(logit_scale x / softcap)        the logits x, scaled, then capped
+    lse_n = log sum_c exp z_nc
+    loss_n = cross_entropy(z)_n + z_loss lse_n^2     nothing where the target is ignored
+
+Every backend serves them, by its own cross_entropy and torch's ops around it. `z_loss` and
+`softcap` are those of PaLM (Chowdhery et al., 2022) and Gemma 2 (Gemma team, 2024).
+
+Siblings: torchext/ops/cross_entropy.py, torchext/ops/linear_cross_entropy.py, tests/test_extras.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+_MEANS = ("nan", "zero")
+
+
+class Extras(NamedTuple):
+    """The extras that one call asks for."""
+
+    z_loss: float = 0.0
+    softcap: float | None = None
+    logit_scale: float = 1.0
+    return_lse: bool = False
+    return_argmax: bool = False
+    ignored_mean: str = "nan"
+
+    def check(self, op: str) -> None:
+        """Raises ValueError for values that have no meaning."""
+        if self.softcap is not None and not self.softcap > 0:
+            raise ValueError(f"{op}: expected softcap above 0 or None, but got {self.softcap}")
+        if self.ignored_mean not in _MEANS:
+            raise ValueError(
+                f"{op}: expected ignored_mean to be one of {_MEANS}, but got {self.ignored_mean!r}"
+            )
+
+    @property
+    def need_logits(self) -> bool:
+        """Whether they need the logits themselves, not their loss alone."""
+        return (
+            self.z_loss != 0
+            or self.softcap is not None
+            or self.logit_scale != 1
+            or self.return_lse
+            or self.return_argmax
+        )
+
+
+# What a call without extras has.
+NONE = Extras()
+
+# loss(logits, target, weight, ignore_index, reduction, label_smoothing)
+Loss = Callable[[Tensor, Tensor, Tensor | None, int, str, float], Tensor]
+Result = Tensor | tuple[Tensor, ...]
+
+
+def cross_entropy(
+    loss_of: Loss,
+    extras: Extras,
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    ignore_index: int,
+    reduction: str,
+    label_smoothing: float,
+) -> Result:
+    """Computes a loss with extras.
+
+    Args:
+        loss_of: the loss without them.
+        extras: what is asked for.
+        input: the logits. The others: see `torchext.cross_entropy`.
+        target: of the loss.
+        weight: of the loss.
+        ignore_index: of the loss.
+        reduction: of the loss.
+        label_smoothing: of the loss.
+
+    Returns:
+        The loss, or a tuple of it, the lse and the argmax, as far as they are asked for.
+    """
+    extras.check("cross_entropy")
+    logits = input
+    if extras.logit_scale != 1:
+        logits = logits * extras.logit_scale
+    if extras.softcap is not None:
+        logits = extras.softcap * torch.tanh(logits / extras.softcap)
+    class_dim = 0 if logits.dim() <= 1 else 1
+    lse = None
+    if extras.z_loss != 0 or extras.return_lse:
+        # In float32 at the least: it is a sum over all classes.
+        low = logits.dtype in (torch.bfloat16, torch.float16)
+        lse = torch.logsumexp(logits.float() if low else logits, class_dim)
+    options = (label_smoothing,)
+    if extras.z_loss == 0:
+        loss = mean_or(
+            lambda how: loss_of(logits, target, weight, ignore_index, how, *options),
+            extras, reduction, target, weight, ignore_index, logits.dim(),
+        )  # fmt: skip
+    else:
+        assert lse is not None
+        rows = loss_of(logits, target, weight, ignore_index, "none", *options)
+        squares = extras.z_loss * lse.square()
+        if not target.is_floating_point():
+            squares = squares.masked_fill(target.reshape(squares.shape) == ignore_index, 0)
+        rows = (rows + squares.reshape(rows.shape)).to(rows.dtype)
+        loss = mean_or(
+            lambda how: rows if how == "none" else rows.sum(),
+            extras, reduction, target, weight, ignore_index, logits.dim(), own_mean=False,
+        )  # fmt: skip
+    if not (extras.return_lse or extras.return_argmax):
+        return loss
+    result = [loss]
+    if extras.return_lse:
+        assert lse is not None
+        result.append(lse)
+    if extras.return_argmax:
+        result.append(logits.argmax(class_dim))
+    return tuple(result)
+
+
+def linear_cross_entropy(
+    loss_of: Callable[..., Tensor],
+    extras: Extras,
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    linear_bias: Tensor | None,
+    weight: Tensor | None,
+    reduction: str,
+    ignore_index: int | None,
+    label_smoothing: float,
+) -> Result:
+    """Computes the loss of a linear transformation with extras.
+
+    Args:
+        loss_of: the loss without them, of what follows.
+        extras: what is asked for.
+        input: the features. The others: see `torchext.linear_cross_entropy`.
+        linear_weight: of the transformation.
+        target: of the loss.
+        linear_bias: of the transformation.
+        weight: of the loss.
+        reduction: of the loss.
+        ignore_index: of the loss.
+        label_smoothing: of the loss.
+
+    Returns:
+        See `cross_entropy`.
+    """
+    extras.check("linear_cross_entropy")
+    ignored = -100 if ignore_index is None else ignore_index
+    if extras.logit_scale != 1 and input.dtype in (torch.float32, torch.float64):
+        input = input * extras.logit_scale
+        linear_bias = None if linear_bias is None else linear_bias * extras.logit_scale
+        extras = extras._replace(logit_scale=1.0)
+    if not extras.need_logits:
+
+        def reduced(how: str) -> Tensor:
+            tensors = (input, linear_weight, target, linear_bias, weight)
+            return loss_of(*tensors, how, ignore_index, label_smoothing)
+
+        return mean_or(reduced, extras, reduction, target, weight, ignored, input.dim())
+    import torchext
+
+    features = linear_weight.shape[-1]
+    bias = None if linear_bias is None else linear_bias.flatten()
+    logits = torch.nn.functional.linear(input, linear_weight.reshape(-1, features), bias)
+    flat = linear_weight.dim() == 2 and input.dim() > 2 and not target.is_floating_point()
+    shape = target.shape
+    if flat:
+        logits, target = logits.flatten(0, -2), target.flatten()
+    elif linear_weight.dim() > 2:
+        logits = logits.reshape(*input.shape[:-1], *linear_weight.shape[:-1])
+    result = torchext.cross_entropy(
+        logits, target, weight, ignore_index=ignored, reduction=reduction,
+        label_smoothing=label_smoothing, **extras._asdict(),
+    )  # fmt: skip
+    if not flat:
+        return result  # type: ignore[no-any-return]
+    if isinstance(result, Tensor):
+        return result.reshape(shape) if reduction == "none" else result
+    loss, *others = result
+    loss = loss.reshape(shape) if reduction == "none" else loss
+    return (loss, *(other.reshape(shape) for other in others))
+
+
+def mean_or(
+    reduced: Callable[[str], Tensor],
+    extras: Extras,
+    reduction: str,
+    target: Tensor,
+    weight: Tensor | None,
+    ignore_index: int,
+    dims: int,
+    own_mean: bool = True,
+) -> Tensor:
+    """Reduces a loss, a mean as `ignored_mean` says.
+
+    Args:
+        reduced: the loss by reduction.
+        extras: what is asked for.
+        reduction: what is asked for.
+        target: the targets.
+        weight: of the classes.
+        ignore_index: which targets count for nothing.
+        dims: how many dimensions the logits have.
+        own_mean: whether `reduced` knows the mean that is NaN over no target.
+    """
+    if reduction != "mean" or (own_mean and extras.ignored_mean == "nan"):
+        return reduced(reduction)
+    total = reduced("sum")
+    if target.is_floating_point():
+        mass = torch.full_like(total, target.numel() // target.shape[0 if dims == 1 else 1])
+    else:
+        kept = target != ignore_index
+        if weight is None:
+            mass = kept.sum()
+        else:
+            index = target.masked_fill(~kept, 0).long()
+            mass = torch.where(kept, weight[index], torch.zeros_like(weight[index])).sum()
+    if extras.ignored_mean == "zero":
+        # The sum is 0 then, and so is its gradient.
+        mass = torch.where(mass == 0, torch.ones_like(mass), mass)
+    return total / mass
