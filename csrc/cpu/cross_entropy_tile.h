@@ -75,8 +75,13 @@ TORCHEXT_INLINE double process_tile(const CrossEntropyArgs<scalar_t>& args, int6
           i < count ? args.stats[args.stats_stride + position + i] : acc_t{1};
     }
     if constexpr (kDense) {
-      for (int64_t c = 0; c < classes; ++c) {
-        for (int k = 0; k < kWidth; ++k) mass[k] += dense(c, k);
+      for (int64_t begin = 0; begin < classes; begin += kClassesPerSum) {
+        const int64_t end = std::min(classes, begin + kClassesPerSum);
+        Acc part[kWidth] = {};
+        for (int64_t c = begin; c < end; ++c) {
+          for (int k = 0; k < kWidth; ++k) part[k] += dense(c, k);
+        }
+        for (int k = 0; k < kWidth; ++k) mass[k] += part[k];
       }
     }
   } else {
