@@ -1,10 +1,12 @@
-// Matrix products on the CPU, by torch's library (MKL, oneDNN).
+// Matrix products on the CPU: by torch's library (MKL, oneDNN), or by our own kernel.
 #pragma once
 
 #include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
 
 #include "common/stable.h"
 #include "cpu/dispatch.h"
+#include "cpu/product.h"
+#include "cpu/simd.h"
 
 namespace torchext::cpu {
 
@@ -30,24 +32,41 @@ inline void addmm_out(const Tensor& out, const Tensor& added, const Tensor& left
       aoti_torch_cpu_addmm_out(out.get(), added.get(), left.get(), right.get(), 1.0, 1.0));
 }
 
-// Products of a small batch with a weight, shared out over the weight's rows: a thread meets the
-// same rows forward, in their gradient and in the optimiser's step, and finds them in its own
-// cache. Large products are the library's to share out.
-template <typename Block>
-void by_weight_rows(int64_t weight_rows, int64_t work, const Block& block) {
-  constexpr int64_t kLeast = int64_t{1} << 22, kMost = int64_t{1} << 24;  // multiplications
-  constexpr int64_t kRows = 16;
-  const auto threads = static_cast<int64_t>(torch::stable::get_num_threads());
-  const int64_t units = (weight_rows + kRows - 1) / kRows;
-  if (work < kLeast || work > kMost || threads < 2 || units < 2) return block(0, weight_rows);
-  for_each_block(units, (units + threads - 1) / threads, [&](int64_t begin, int64_t end) {
-    block(begin * kRows, std::min(weight_rows, end * kRows) - begin * kRows);
-  });
-}
+// What may go with a product.
+struct Also {
+  bool accumulate = false;       // adds to what stands in out
+  const Tensor* bias = nullptr;  // (columns), added to every row
+  bool relu = false;
+  bool by_rows = false;  // see Product
+};
 
-inline Tensor columns_of(const Tensor& matrix, int64_t first, int64_t count) {
-  return as_strided(matrix, {matrix.size(0), count}, {matrix.stride(0), matrix.stride(1)},
-                    first * matrix.stride(1));
+// out = left @ right and what goes with it, by our own kernel where it serves the call
+// (product.cpp) and measured faster than the library's; returns whether it did. Otherwise nothing
+// has happened.
+template <typename scalar_t>
+bool multiply(const Tensor& out, const Tensor& left, const Tensor& right, const Also& also = {}) {
+  if constexpr (std::is_same_v<scalar_t, simd::acc_type<scalar_t>>) {
+    const int64_t rows = left.size(0), inner = left.size(1), columns = right.size(1);
+    if (!product_serves(rows * inner * columns) || out.stride(1) != 1) return false;
+    Product<scalar_t> product{};
+    product.out = {static_cast<scalar_t*>(out.mutable_data_ptr()), out.stride(0), 1};
+    product.left = {static_cast<const scalar_t*>(left.const_data_ptr()), left.stride(0),
+                    left.stride(1)};
+    product.right = {static_cast<const scalar_t*>(right.const_data_ptr()), right.stride(0),
+                     right.stride(1)};
+    product.rows = rows;
+    product.inner = inner;
+    product.columns = columns;
+    product.accumulate = also.accumulate;
+    const Tensor bias = also.bias ? as_contiguous(*also.bias) : Tensor();
+    if (also.bias) product.bias = static_cast<const scalar_t*>(bias.const_data_ptr());
+    product.relu = also.relu;
+    product.by_rows = also.by_rows;
+    product.run();
+    return true;
+  } else {
+    return false;  // the narrow dtypes round as the library does: they stay with it
+  }
 }
 
 }  // namespace torchext::cpu

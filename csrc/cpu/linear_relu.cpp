@@ -123,17 +123,17 @@ Tensor linear_relu_forward_cpu(const Tensor& input, const Tensor& weight,
   const Tensor dense_bias = bias ? as_contiguous(*bias) : Tensor();
   dispatch_floating(input.scalar_type(), "linear_relu", [&](auto zero) {
     using scalar_t = decltype(zero);
+    cpu::Also also;
+    also.bias = bias ? &dense_bias : nullptr;
+    also.relu = true;
+    if (cpu::multiply<scalar_t>(product, matrix, transposed(weight), also)) return;
     BiasReluArgs<scalar_t> args{static_cast<scalar_t*>(product.mutable_data_ptr()), nullptr,
                                 shape.out_features};
     if (bias && sizeof(scalar_t) == 2) {
       // The product and the bias are rounded once, together, as eager rounds them.
       addmm_out(product, *bias, matrix, transposed(weight));
     } else {
-      cpu::by_weight_rows(shape.out_features, product.numel() * shape.in_features,
-                          [&](int64_t first, int64_t count) {
-                            mm_out(cpu::columns_of(product, first, count), matrix,
-                                   transposed(cpu::rows_of(weight, first, count)));
-                          });
+      mm_out(product, matrix, transposed(weight));
       if (bias) args.bias = static_cast<const scalar_t*>(dense_bias.const_data_ptr());
     }
     for_each_block(shape.rows, kGrain / shape.out_features,
@@ -183,17 +183,24 @@ std::tuple<Tensor, Tensor, Tensor> linear_relu_backward_cpu(const Tensor& grad_o
     }
   });
 
-  if (input_grad && grad_input.numel() > 0) {
-    const Tensor matrix = as_strided(grad_input, {rows, shape.in_features}, {shape.in_features, 1});
-    mm_out(matrix, grad_linear, weight);
-  }
-  if (weight_grad && grad_weight.numel() > 0) {
-    const Tensor left = transposed(grad_linear);
-    const Tensor right = as_matrix(input, rows, shape.in_features);
-    cpu::by_weight_rows(columns, grad_weight.numel() * rows, [&](int64_t first, int64_t count) {
-      mm_out(cpu::rows_of(grad_weight, first, count), cpu::rows_of(left, first, count), right);
-    });
-  }
+  dispatch_floating(input.scalar_type(), "linear_relu", [&](auto zero) {
+    using scalar_t = decltype(zero);
+    if (input_grad && grad_input.numel() > 0) {
+      const Tensor matrix =
+          as_strided(grad_input, {rows, shape.in_features}, {shape.in_features, 1});
+      if (!cpu::multiply<scalar_t>(matrix, grad_linear, weight))
+        mm_out(matrix, grad_linear, weight);
+    }
+    if (weight_grad && grad_weight.numel() > 0) {
+      const Tensor left = transposed(grad_linear);
+      const Tensor right = as_matrix(input, rows, shape.in_features);
+      // A thread meets the weight's rows here that it updates in the optimiser's step.
+      cpu::Also also;
+      also.by_rows = true;
+      if (!cpu::multiply<scalar_t>(grad_weight, left, right, also))
+        mm_out(grad_weight, left, right);
+    }
+  });
   return {grad_input, grad_weight, grad_bias};
 }
 

@@ -1,0 +1,271 @@
+// The blocks of product.cpp: panels of the right matrix, packed so that one row of a panel is two
+// vectors; strips of the left one; and the tile of both, whose sums stay in registers.
+#pragma once
+
+#include <algorithm>
+#include <utility>
+#include <vector>
+
+#include "cpu/product.h"
+#include "cpu/simd.h"
+
+namespace torchext::cpu {
+
+// Columns of a panel, and of a tile: two vectors.
+template <class Isa, typename scalar_t>
+inline constexpr int kPanelOf = 2 * simd::kLanesOf<Isa, scalar_t>;
+
+// Rows of a strip, at the most: two sums each, beside the panel's two vectors and one of the strip
+// in AVX-512's 32 registers, or in the others' 16.
+template <class Isa>
+inline constexpr int kStripOf = Isa::kBytes == 64 ? 12 : 6;
+
+// One block of a product: rows [row_begin, row_end) and panels [panel_begin, panel_end), summed
+// over inner [begin, end).
+template <typename scalar_t>
+struct ProductBlock {
+  const Product<scalar_t>* product;
+  int64_t row_begin, row_end, panel_begin, panel_end, begin, end;
+  const scalar_t* packed;  // panel_begin and what follows, packed; null where they are not yet
+  bool pack_left, pack_right;
+};
+
+// A tile: a strip times a panel, into the first `columns` columns of out's rows.
+template <typename scalar_t>
+struct ProductTile {
+  Matrix<const scalar_t> strip, panel;
+  int64_t inner;
+  Matrix<scalar_t> out;
+  int64_t columns;
+  bool accumulate;
+  const scalar_t* bias;
+  bool relu;
+};
+
+// kUnit: the strip's rows are one element apart (packed, or a transposed matrix).
+template <class Isa, typename scalar_t, int kRows, bool kUnit>
+TORCHEXT_INLINE void product_tile(const ProductTile<scalar_t>& tile) {
+  constexpr int kLanes = simd::kLanesOf<Isa, scalar_t>;
+  using Value = simd::Vector<scalar_t, kLanes>;
+  Value sum[kRows][2];
+#pragma GCC unroll 16
+  for (int i = 0; i < kRows; ++i) sum[i][0] = sum[i][1] = Value{};
+  const scalar_t *x = tile.strip.data, *y = tile.panel.data;
+  const int64_t step = kUnit ? 1 : tile.strip.row_stride;
+  const int64_t x_step = tile.strip.column_stride, y_step = tile.panel.row_stride;
+  for (int64_t k = tile.inner; k > 0; --k, x += x_step, y += y_step) {
+    const Value left = simd::load<kLanes>(y), right = simd::load<kLanes>(y + kLanes);
+    // Four rows from one address: x86 adds once, twice or three times a register for nothing.
+#pragma GCC unroll 16
+    for (int i = 0; i < kRows; ++i) {
+      const Value value = Value{} + (x + i / 4 * 4 * step)[i % 4 * step];
+      sum[i][0] += value * left;
+      sum[i][1] += value * right;
+    }
+  }
+  const bool accumulate = tile.accumulate, relu = tile.relu;
+#pragma GCC unroll 2
+  for (int part = 0; part < 2; ++part) {
+    const int64_t count = tile.columns - part * kLanes;
+    if (count <= 0) break;
+    const bool whole = count >= kLanes;
+    Value bias{};
+    if (tile.bias) {
+      const scalar_t* from = tile.bias + part * kLanes;
+      bias = whole ? simd::load<kLanes>(from) : simd::load_tail<kLanes>(from, count, 0);
+    }
+    scalar_t* to = tile.out.at(0, part * kLanes);
+#pragma GCC unroll 16
+    for (int i = 0; i < kRows; ++i, to += tile.out.row_stride) {
+      Value value = sum[i][part] + bias;
+      if (accumulate) {
+        value += whole ? simd::load<kLanes>(to) : simd::load_tail<kLanes>(to, count, 0);
+      }
+      if (relu) value = value <= 0 ? Value{} : value;  // NaN stays NaN
+      if (whole) {
+        simd::store<kLanes>(to, value);
+      } else {
+        simd::store_tail<kLanes>(to, value, count);
+      }
+    }
+  }
+}
+
+// A tile is a function of its own: inlined into its callers, its sums would not stay in registers.
+#if defined(__x86_64__)
+template <class Isa, typename scalar_t, int kRows, bool kUnit>
+struct ProductTileOf {
+  [[gnu::noinline]] static void run(const ProductTile<scalar_t>& tile) {
+    product_tile<Isa, scalar_t, kRows, kUnit>(tile);
+  }
+};
+template <typename scalar_t, int kRows, bool kUnit>
+struct ProductTileOf<simd::Avx2, scalar_t, kRows, kUnit> {
+  [[gnu::target("arch=x86-64-v3"), gnu::noinline]] static void run(
+      const ProductTile<scalar_t>& tile) {
+    product_tile<simd::Avx2, scalar_t, kRows, kUnit>(tile);
+  }
+};
+template <typename scalar_t, int kRows, bool kUnit>
+struct ProductTileOf<simd::Avx512, scalar_t, kRows, kUnit> {
+  [[gnu::target("arch=x86-64-v4"), gnu::noinline]] static void run(
+      const ProductTile<scalar_t>& tile) {
+    product_tile<simd::Avx512, scalar_t, kRows, kUnit>(tile);
+  }
+};
+#endif
+
+template <class Isa, typename scalar_t, bool kUnit, int... kIndex>
+TORCHEXT_INLINE void run_product_tile(const ProductTile<scalar_t>& tile, int64_t rows,
+                                      std::integer_sequence<int, kIndex...>) {
+  static constexpr void (*kTiles[])(const ProductTile<scalar_t>&) = {
+      ProductTileOf<Isa, scalar_t, kIndex + 1, kUnit>::run...};
+  kTiles[rows - 1](tile);
+}
+
+// One step of a transposition: the upper right and the lower left quarters change places.
+template <int kStep, typename Value, int... kLane>
+TORCHEXT_INLINE void swap_quarters(Value& upper, Value& lower,
+                                   std::integer_sequence<int, kLane...>) {
+  constexpr int kLanes = sizeof...(kLane);
+  const Value a = upper, b = lower;
+  upper = __builtin_shufflevector(a, b, ((kLane & kStep) ? kLanes + kLane - kStep : kLane)...);
+  lower = __builtin_shufflevector(a, b, ((kLane & kStep) ? kLanes + kLane : kLane + kStep)...);
+}
+
+template <int kStep, int kLanes, typename Value>
+TORCHEXT_INLINE void transpose_square(Value (&rows)[kLanes]) {
+  if constexpr (kStep < kLanes) {
+#pragma GCC unroll 16
+    for (int i = 0; i < kLanes; ++i) {
+      if ((i & kStep) == 0) {
+        swap_quarters<kStep>(rows[i], rows[i + kStep], std::make_integer_sequence<int, kLanes>{});
+      }
+    }
+    transpose_square<2 * kStep>(rows);
+  }
+}
+
+// Copies rows [0, rows) and columns [0, columns) of a matrix to `to`, element (i, j) to
+// to[j * to_stride + i]: the matrix's own rows are contiguous, those of the copy are its columns.
+template <int kLanes, typename scalar_t>
+TORCHEXT_INLINE void copy_transposed(Matrix<const scalar_t> from, int64_t rows, int64_t columns,
+                                     scalar_t* to, int64_t to_stride) {
+  using Value = simd::Vector<scalar_t, kLanes>;
+  int64_t i = 0;
+  for (; i + kLanes <= rows; i += kLanes) {
+    int64_t j = 0;
+    for (; j + kLanes <= columns; j += kLanes) {
+      Value square[kLanes];
+#pragma GCC unroll 16
+      for (int l = 0; l < kLanes; ++l) square[l] = simd::load<kLanes>(from.at(i + l, j));
+      transpose_square<1>(square);
+#pragma GCC unroll 16
+      for (int l = 0; l < kLanes; ++l) simd::store<kLanes>(to + (j + l) * to_stride + i, square[l]);
+    }
+    for (; j < columns; ++j) {
+      for (int l = 0; l < kLanes; ++l) to[j * to_stride + i + l] = *from.at(i + l, j);
+    }
+  }
+  for (; i < rows; ++i) {
+    for (int64_t j = 0; j < columns; ++j) to[j * to_stride + i] = *from.at(i, j);
+  }
+}
+
+// A panel (inner, kPanel) of `count` columns, zeros past them.
+template <class Isa, typename scalar_t>
+TORCHEXT_INLINE void pack_panel(Matrix<const scalar_t> from, int64_t inner, int64_t count,
+                                scalar_t* to) {
+  constexpr int kLanes = simd::kLanesOf<Isa, scalar_t>, kPanel = 2 * kLanes;
+  if (count < kPanel) std::fill_n(to, inner * kPanel, scalar_t{0});
+  if (from.column_stride != 1 && from.row_stride == 1) {
+    const Matrix<const scalar_t> turned{from.data, from.column_stride, 1};
+    return copy_transposed<kLanes>(turned, count, inner, to, kPanel);
+  }
+  for (int64_t k = 0; k < inner; ++k, to += kPanel) {
+    if (count == kPanel && from.column_stride == 1) {
+      simd::store<kLanes>(to, simd::load<kLanes>(from.at(k, 0)));
+      simd::store<kLanes>(to + kLanes, simd::load<kLanes>(from.at(k, kLanes)));
+    } else {
+      for (int64_t j = 0; j < count; ++j) to[j] = *from.at(k, j);
+    }
+  }
+}
+
+// A strip (inner, rows): what a tile reads stands side by side.
+template <class Isa, typename scalar_t>
+TORCHEXT_INLINE void pack_strip(Matrix<const scalar_t> from, int64_t rows, int64_t inner,
+                                scalar_t* to) {
+  constexpr int kLanes = 16 / sizeof(scalar_t);  // strips are short
+  if (from.column_stride == 1) return copy_transposed<kLanes>(from, rows, inner, to, rows);
+  for (int64_t k = 0; k < inner; ++k) {
+    for (int64_t i = 0; i < rows; ++i) to[k * rows + i] = *from.at(i, k);
+  }
+}
+
+// Rows of strip `index` of `strips` that share `rows` rows as evenly as they can.
+inline std::pair<int64_t, int64_t> strip_rows(int64_t rows, int64_t strips, int64_t index) {
+  return {rows * index / strips, rows * (index + 1) / strips};
+}
+
+// Memory of the thread that it keeps: a strip, a panel, and the panels that all threads read
+// (`which`). At most 4 MiB.
+template <typename scalar_t>
+scalar_t* scratch(int which, int64_t size) {
+  static thread_local std::vector<scalar_t> buffers[3];
+  if (static_cast<int64_t>(buffers[which].size()) < size) buffers[which].resize(size);
+  return buffers[which].data();
+}
+
+template <class Isa, typename scalar_t>
+TORCHEXT_INLINE void product_block(const ProductBlock<scalar_t>& block) {
+  constexpr int kPanel = kPanelOf<Isa, scalar_t>, kStrip = kStripOf<Isa>;
+  const Product<scalar_t>& p = *block.product;
+  const int64_t rows = block.row_end - block.row_begin, inner = block.end - block.begin;
+  const int64_t strips = (rows + kStrip - 1) / kStrip;
+  const Matrix<const scalar_t> left{p.left.at(block.row_begin, block.begin), p.left.row_stride,
+                                    p.left.column_stride};
+  scalar_t* packed_left = nullptr;
+  if (block.pack_left) {
+    packed_left = scratch<scalar_t>(0, rows * inner);
+    for (int64_t s = 0; s < strips; ++s) {
+      const auto [first, last] = strip_rows(rows, strips, s);
+      pack_strip<Isa>({left.at(first, 0), left.row_stride, left.column_stride}, last - first, inner,
+                      packed_left + first * inner);
+    }
+  }
+  const bool accumulate = p.accumulate || block.begin > 0, ends = block.end == p.inner;
+  for (int64_t panel = block.panel_begin; panel < block.panel_end; ++panel) {
+    const int64_t column = panel * kPanel, count = std::min<int64_t>(kPanel, p.columns - column);
+    Matrix<const scalar_t> right{p.right.at(block.begin, column), p.right.row_stride, 1};
+    if (block.packed) {
+      right = {block.packed + (panel - block.panel_begin) * inner * kPanel, kPanel, 1};
+    } else if (block.pack_right || count < kPanel) {
+      scalar_t* packed = scratch<scalar_t>(1, inner * kPanel);
+      pack_panel<Isa>({right.data, right.row_stride, p.right.column_stride}, inner, count, packed);
+      right = {packed, kPanel, 1};
+    }
+    ProductTile<scalar_t> tile{};
+    tile.panel = right;
+    tile.inner = inner;
+    tile.columns = count;
+    tile.accumulate = accumulate;
+    tile.bias = p.bias && ends ? p.bias + column : nullptr;
+    tile.relu = p.relu && ends;
+    for (int64_t s = 0; s < strips; ++s) {
+      const auto [first, last] = strip_rows(rows, strips, s);
+      const int64_t height = last - first;
+      constexpr auto kHeights = std::make_integer_sequence<int, kStrip>{};
+      tile.out = {p.out.at(block.row_begin + first, column), p.out.row_stride, 1};
+      tile.strip = {left.at(first, 0), left.row_stride, left.column_stride};
+      if (packed_left) tile.strip = {packed_left + first * inner, 1, height};
+      if (tile.strip.row_stride == 1) {
+        run_product_tile<Isa, scalar_t, true>(tile, height, kHeights);
+      } else {
+        run_product_tile<Isa, scalar_t, false>(tile, height, kHeights);
+      }
+    }
+  }
+}
+
+}  // namespace torchext::cpu

@@ -1,0 +1,54 @@
+"""linear_relu to the bit: threads, batches. For products that our own kernel makes."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+import torchext
+from torchext import _native
+
+pytestmark = pytest.mark.skipif(
+    _native.simd_level() in ("none", "baseline"), reason="without AVX2 products are the library's"
+)
+
+# rows, in_features, out_features: blocks of rows, of features and of both, each with a rest.
+SHAPES = [(100, 784, 64), (7, 300, 33), (301, 513, 70), (130, 20, 4200)]
+WIDE = [torch.float32, torch.float64]
+
+
+def results(input: Tensor, weight: Tensor, bias: Tensor, upstream: Tensor) -> list[Tensor]:
+    leaves = [x.detach().requires_grad_() for x in (input, weight, bias)]
+    output = torchext.linear_relu(*leaves)
+    return [output.detach(), *torch.autograd.grad(output, leaves, upstream)]
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("dtype", WIDE, ids=str)
+def test_any_number_of_threads_gives_the_same_bits(
+    threads: None, dtype: torch.dtype, shape: tuple[int, int, int]
+) -> None:
+    rows, inner, columns = shape
+    sizes = ((rows, inner), (columns, inner), (columns,), (rows, columns))
+    tensors = [torch.randn(size, dtype=dtype) for size in sizes]
+    torch.set_num_threads(1)
+    expected = results(*tensors)
+    for count in (2, 3, 8):
+        torch.set_num_threads(count)
+        for actual, first in zip(results(*tensors), expected, strict=True):
+            assert torch.equal(actual, first)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("dtype", WIDE, ids=str)
+def test_any_batch_gives_a_row_the_same_bits(
+    dtype: torch.dtype, shape: tuple[int, int, int]
+) -> None:
+    rows, inner, columns = shape
+    input = torch.randn(rows, inner, dtype=dtype)
+    weight, bias = torch.randn(columns, inner, dtype=dtype), torch.randn(columns, dtype=dtype)
+    whole = torchext.linear_relu(input, weight, bias)
+    for begin, end in ((0, 1), (rows // 2, rows), (3, 5)):
+        part = torchext.linear_relu(input[begin:end], weight, bias)
+        assert torch.equal(part, whole[begin:end])
