@@ -47,8 +47,16 @@ def test_resume_is_bitwise_the_uninterrupted_training(model, train, tmp_path, ca
     assert len(losses(tmp_path / "part")) == 2
 
 
+@pytest.fixture
+def interruptible():
+    """Ctrl-C raises, also where what started the tests (nohup, a shell's &) has it ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.mark.parametrize("step", [7, 10, 11])  # 5 steps an epoch: inside, last of, first of one
-def test_ctrl_c_then_resume(step, train, tmp_path, capsys):
+def test_ctrl_c_then_resume(step, train, tmp_path, capsys, interruptible):
     assert train(tmp_path / "whole", "--epochs 4 --seed 9") == 0
     out = tmp_path / "stopped here"
     with before_step(step, lambda: signal.raise_signal(signal.SIGINT)):
