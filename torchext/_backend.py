@@ -40,6 +40,8 @@ _profiling = torch._C._autograd._profiler_enabled
 _active = "auto"
 # Whether calls of plain CPU tensors go past the dispatcher to the C++ kernels: "auto" and "native".
 _direct = True
+# Whether a small call may go to torch's stock op, where nothing is being captured.
+stock_when_small = True
 
 
 @dataclass(frozen=True)
@@ -82,17 +84,19 @@ def use_backend(name: str) -> Iterator[None]:
         ValueError: for another name.
         RuntimeError: where the backend is not available, with the reason.
     """
-    global _active, _direct
+    global _active, _direct, stock_when_small
     if name not in _NAMES:
         raise ValueError(f"use_backend: expected name to be one of {_NAMES}, but got {name!r}")
     if name != "auto" and not (here := backends()[name]).available:
         raise RuntimeError(f"use_backend: backend {name!r} is not available: {here.reason}")
     previous = _active
     _active, _direct = name, name in ("auto", "native")
+    stock_when_small = name == "auto"
     try:
         yield
     finally:
         _active, _direct = previous, previous in ("auto", "native")
+        stock_when_small = previous == "auto"
 
 
 def ordinary(any_backend: bool = False) -> bool:
@@ -112,11 +116,6 @@ def ordinary(any_backend: bool = False) -> bool:
         or _profiling()
         or not (_direct or any_backend)
     )
-
-
-def may_choose() -> bool:
-    """Whether `auto` may give a small call to torch's stock op: nothing is being captured."""
-    return _active == "auto" and not _is_compiling() and _tracing_state() is None
 
 
 def route(*tensors: Tensor | None, op: str = "", work: int = 0) -> int:
