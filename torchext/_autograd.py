@@ -7,6 +7,7 @@ same formula, because that costs a third: no Python on the dispatcher's Autograd
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -151,11 +152,16 @@ def wants_reference(grad_output: Tensor) -> bool:
     )
 
 
+def power_of_two(grad_loss: Tensor) -> bool:
+    """Whether multiplying by the loss's gradient, a scalar, rounds nothing. Reads its value."""
+    return abs(math.frexp(grad_loss.item())[0]) in (0.5, 0.0)
+
+
 def reference_gradients(
-    function: Callable[..., Tensor],
+    function: Callable[..., Tensor | tuple[Tensor, ...]],
     tensors: Sequence[Tensor | None],
     needed: Sequence[bool],
-    grad_output: Tensor,
+    grad_output: Tensor | tuple[Tensor, ...],
 ) -> tuple[Tensor | None, ...]:
     """Returns the gradients of an eager definition, differentiable where grad mode asks for it.
 
@@ -163,7 +169,7 @@ def reference_gradients(
         function: the definition, a function of `tensors`.
         tensors: its differentiable arguments, with their history.
         needed: which of them want a gradient.
-        grad_output: the gradient of the function's value.
+        grad_output: the gradient of the function's value, or those of its values.
     """
     again = torch.is_grad_enabled()
     with torch.enable_grad():

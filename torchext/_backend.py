@@ -99,19 +99,19 @@ def use_backend(name: str) -> Iterator[None]:
         stock_when_small = previous == "auto"
 
 
-def ordinary(any_backend: bool = False) -> bool:
+def ordinary(any_backend: bool = False, autocast: bool = False) -> bool:
     """Whether this is a plain eager call: the eager fast path may take it, past the dispatcher.
 
     Everything else (transforms, modes, tracers, the profiler) goes through `route`. Each look costs
     about 50 ns; together they are less than one dispatch. Where `any_backend`, calls that the C++
-    kernels would not serve may be ordinary too.
+    kernels would not serve may be ordinary too; where `autocast`, the caller has cast as it does.
     """
     return not (
         _is_compiling()
         or _functorch_active()
         or forward_ad._current_level >= 0
         or _dispatch_modes()
-        or _any_autocast()
+        or (_any_autocast() and not autocast)
         or _tracing_state() is not None
         or _profiling()
         or not (_direct or any_backend)

@@ -127,8 +127,9 @@ Tensor cross_entropy_backward_cpu(const Tensor& grad_output, const Tensor& input
     cpu::Prepared<scalar_t> prepared(call, shape);
     gradient = prepared.new_gradient();
     const auto* values = static_cast<const scalar_t*>(grad.const_data_ptr());
+    std::vector<acc_type<scalar_t>> wide;
     if (reduction == 0) {
-      prepared.args.grad_output = values;
+      prepared.args.grad_output = cpu::widened(values, wanted, wide);
     } else {
       prepared.args.gradient_scale *= static_cast<double>(*values);
     }

@@ -38,6 +38,18 @@ inline std::optional<Walk> walk_of(const std::optional<Strides>& strides,
   return torchext::walk_of(strides, shape, kFewClasses);
 }
 
+// The values in the accumulation dtype: themselves, or copied into `copies`.
+template <typename scalar_t>
+const acc_type<scalar_t>* widened(const scalar_t* values, int64_t count,
+                                  std::vector<acc_type<scalar_t>>& copies) {
+  if constexpr (std::is_same_v<scalar_t, acc_type<scalar_t>>) {
+    return values;
+  } else {
+    copies.assign(values, values + count);
+    return copies.data();
+  }
+}
+
 struct Call {
   const char* op;  // whose name errors bear
   const Tensor& input;
@@ -144,8 +156,12 @@ struct Prepared {
     double weights = static_cast<double>(shape.classes);
     if (call.weight) {
       const Tensor dense = as_contiguous(*call.weight);
-      const scalar_t* values = static_cast<const scalar_t*>(dense.const_data_ptr());
-      weight.assign(values, values + shape.classes);
+      const auto take = [&](const auto* values) { weight.assign(values, values + shape.classes); };
+      if (dense.scalar_type() == input.scalar_type()) {
+        take(static_cast<const scalar_t*>(dense.const_data_ptr()));
+      } else {
+        take(static_cast<const acc_t*>(dense.const_data_ptr()));
+      }
       args.weight = weight.data();
       weights = 0;
       for (const acc_t value : weight) weights += value;

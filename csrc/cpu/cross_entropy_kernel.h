@@ -49,9 +49,9 @@ struct CrossEntropyArgs {
 
   scalar_t* gradient;  // null where none is wanted; may be the input
   Strides gradient_strides;
-  double gradient_scale;        // g, or what it is multiplied by:
-  const scalar_t* grad_output;  // one a position (reduction none), or null
-  acc_t* losses;                // one a position, or null: the sums of blocks instead
+  double gradient_scale;     // g, or what it is multiplied by:
+  const acc_t* grad_output;  // one a position (reduction none), or null
+  acc_t* losses;             // one a position, or null: the sums of blocks instead
   double* block_losses;
   acc_t* stats;          // maxima, then sums: written forward where not null, read backward
   int64_t stats_stride;  // from a position's maximum to its sum
@@ -76,7 +76,7 @@ struct CrossEntropyArgs {
   }
   acc_t position_scale(int64_t position) const {
     const acc_t scale = static_cast<acc_t>(gradient_scale);
-    return grad_output ? scale * static_cast<acc_t>(grad_output[position]) : scale;
+    return grad_output ? scale * grad_output[position] : scale;
   }
 };
 

@@ -45,16 +45,43 @@ void add_column_sums(const scalar_t* data, int64_t rows, int64_t columns,
                  });
 }
 
+// A call, checked. The logits of a linear_weight (C, D, H) are those of (C * D, H), in an order
+// that the cross_entropy kernels read as (N, C, D).
 struct Problem {
-  const Tensor& input;
-  const Tensor& linear_weight;
-  const Tensor& target;
-  const std::optional<Tensor>& linear_bias;
-  const std::optional<Tensor>& weight;
+  Tensor input;
+  Tensor linear_weight;  // (C * D, H)
+  Tensor target;
+  std::optional<Tensor> linear_bias;  // (C * D)
+  std::optional<Tensor> weight;
   LinearCrossEntropyShape shape;
   Reduction reduction;
   int64_t ignore_index;
   double label_smoothing;
+
+  Problem(const Tensor& input, const Tensor& linear_weight, const Tensor& target,
+          const std::optional<Tensor>& linear_bias, const std::optional<Tensor>& weight,
+          int64_t reduction, int64_t ignore_index, double label_smoothing)
+      : input(input),
+        linear_weight(linear_weight),
+        target(target),
+        linear_bias(linear_bias),
+        weight(weight),
+        shape(check_linear_cross_entropy(input, linear_weight, target, linear_bias, weight,
+                                         reduction, label_smoothing, true)),
+        reduction(static_cast<Reduction>(reduction)),
+        ignore_index(ignore_index),
+        label_smoothing(label_smoothing) {
+    check_memory("linear_cross_entropy",
+                 {{"input", &input}, {"linear_weight", &linear_weight}, {"target", &target}});
+    if (linear_bias) check_memory("linear_cross_entropy", {{"linear_bias", &*linear_bias}});
+    if (weight) check_memory("linear_cross_entropy", {{"weight", &*weight}});
+    if (linear_weight.dim() == 2) return;
+    this->linear_weight =
+        as_strided(as_contiguous(linear_weight), {columns(), shape.features}, {shape.features, 1});
+    if (linear_bias) this->linear_bias = as_strided(as_contiguous(*linear_bias), {columns()}, {1});
+  }
+
+  int64_t columns() const { return shape.classes * shape.inner; }  // of the logits
 };
 
 // The gradients that are wanted; no elements where one is not.
@@ -65,9 +92,22 @@ struct Gradients {
   Gradients(const Problem& problem, bool input_grad, bool linear_weight_grad, bool bias_grad)
       : input(empty(problem.input, input_grad, problem.shape.rows)),
         linear_weight(empty(problem.linear_weight, linear_weight_grad, problem.shape.rows)),
-        linear_bias(empty_like(problem.input, {bias_grad ? problem.shape.classes : 0})),
+        linear_bias(empty_like(problem.input, {bias_grad ? problem.columns() : 0})),
         any(input_grad || linear_weight_grad || bias_grad) {
     if (bias_grad && problem.shape.rows == 0) torch::stable::zero_(linear_bias);
+  }
+
+  // The gradients with the shape of linear_weight and linear_bias, of which Problem has two and one
+  // dimensions.
+  std::tuple<Tensor, Tensor, Tensor> shaped_like(const Tensor& weight) const {
+    if (weight.dim() == 2) return {input, linear_weight, linear_bias};
+    std::vector<int64_t> sizes = sizes_of(weight);
+    const auto shaped = [](const Tensor& gradient, const std::vector<int64_t>& to) {
+      return gradient.numel() == 0 ? gradient : as_strided(gradient, to, contiguous_strides(to));
+    };
+    const Tensor first = shaped(linear_weight, sizes);
+    sizes.pop_back();
+    return {input, first, shaped(linear_bias, sizes)};
   }
 
   static Tensor empty(const Tensor& like, bool wanted, int64_t rows) {
@@ -89,14 +129,14 @@ class Products {
 
   Products(const Problem& problem, Gradients& gradients)
       : problem_(problem), gradients_(gradients) {
-    if (Head::serves(problem.input, problem.linear_weight)) {
+    if (problem.shape.inner == 1 && Head::serves(problem.input, problem.linear_weight)) {
       head_.emplace(problem.input, problem.linear_weight, problem.linear_bias);
     } else {
       bias_sums_.resize(gradients.linear_bias.numel());
     }
   }
 
-  int64_t columns() const { return head_ ? cpu::kHeadClasses : problem_.shape.classes; }
+  int64_t columns() const { return head_ ? cpu::kHeadClasses : problem_.columns(); }
 
   // The logits of rows [first, first + rows) into the buffer's first rows.
   void logits(const Tensor& buffer, int64_t first, int64_t rows) const {
@@ -142,7 +182,7 @@ class Products {
       }
     }
     if (bias_sums_.empty()) return;
-    add_column_sums<scalar_t>(data_of(logits), rows, problem_.shape.classes, bias_sums_.data());
+    add_column_sums<scalar_t>(data_of(logits), rows, problem_.columns(), bias_sums_.data());
     if (first + rows == problem_.shape.rows) {
       scalar_t* bias = data_of(gradients_.linear_bias);
       for (size_t c = 0; c < bias_sums_.size(); ++c) bias[c] = static_cast<scalar_t>(bias_sums_[c]);
@@ -161,19 +201,26 @@ class Products {
 };
 
 // Walks the chunks: makes the logits, runs the kernels on them (`set` gives a chunk's arguments
-// what the direction needs), and multiplies the gradient that they leave.
+// what the direction needs, from its first position on), and multiplies the gradient that they
+// leave.
 template <typename scalar_t, typename Set>
-void for_each_chunk(Products<scalar_t>& products, const Gradients& gradients, int64_t total_rows,
-                    cpu::Prepared<scalar_t>& prepared, const Tensor& buffer, const Set& set) {
-  const int64_t chunk = buffer.size(0), columns = buffer.size(1);
-  for (int64_t first = 0; first < total_rows; first += chunk) {
-    const int64_t rows = std::min(chunk, total_rows - first);
+void for_each_chunk(Products<scalar_t>& products, const Gradients& gradients,
+                    const LinearCrossEntropyShape& shape, cpu::Prepared<scalar_t>& prepared,
+                    const Tensor& buffer, const Set& set) {
+  const int64_t chunk = buffer.size(0), columns = buffer.size(1), inner = shape.inner;
+  for (int64_t first = 0; first < shape.rows; first += chunk) {
+    const int64_t rows = std::min(chunk, shape.rows - first);
     products.logits(buffer, first, rows);
     CrossEntropyArgs<scalar_t> args = prepared.args;
-    args.input_strides = prepared.transposed() ? Strides{0, 1, columns} : Strides{columns, 1, 1};
-    (prepared.transposed() ? args.shape.inner : args.shape.outer) = rows;
+    if (prepared.transposed()) {
+      args.input_strides = {0, 1, columns};
+      args.shape.inner = rows;
+    } else {
+      args.input_strides.outer = columns;
+      args.shape.outer = rows;
+    }
     if (args.indices) {
-      args.indices = static_cast<const char*>(args.indices) + first * args.index_bytes;
+      args.indices = static_cast<const char*>(args.indices) + first * inner * args.index_bytes;
     } else {
       args.probabilities += first * (prepared.transposed() ? args.probability_strides.inner
                                                            : args.probability_strides.outer);
@@ -182,7 +229,7 @@ void for_each_chunk(Products<scalar_t>& products, const Gradients& gradients, in
       args.gradient = static_cast<scalar_t*>(buffer.mutable_data_ptr());
       args.gradient_strides = args.input_strides;
     }
-    set(args, first);
+    set(args, first * inner);
     cpu::run_blocks(args, prepared.walk);
     if (gradients.any) products.gradients(buffer, first, rows);
   }
@@ -200,11 +247,17 @@ struct Workspace {
       : buffer(
             empty_like(problem.input,
                        {rows_per_chunk(problem.shape.rows, columns, sizeof(scalar_t)), columns})),
-        view(as_strided(buffer, {problem.shape.rows, problem.shape.classes}, {0, 1})),
+        view(view_of(buffer, problem.shape)),
         prepared({"linear_cross_entropy", view, problem.target, problem.weight, problem.reduction,
                   problem.ignore_index, problem.label_smoothing},
-                 {problem.shape.rows, problem.shape.classes, 1, problem.shape.probabilities}) {
+                 {problem.shape.rows, problem.shape.classes, problem.shape.inner,
+                  problem.shape.probabilities}) {
     cpu::advise(buffer);
+  }
+
+  static Tensor view_of(const Tensor& buffer, const LinearCrossEntropyShape& shape) {
+    if (shape.inner == 1) return as_strided(buffer, {shape.rows, shape.classes}, {0, 1});
+    return as_strided(buffer, {shape.rows, shape.classes, shape.inner}, {0, shape.inner, 1});
   }
 };
 
@@ -213,28 +266,18 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> linear_cross_entropy_forward_
     const std::optional<Tensor>& linear_bias, const std::optional<Tensor>& weight,
     int64_t reduction, int64_t ignore_index, double label_smoothing, bool input_grad,
     bool linear_weight_grad, bool linear_bias_grad) {
-  check_memory("linear_cross_entropy",
-               {{"input", &input}, {"linear_weight", &linear_weight}, {"target", &target}});
-  if (linear_bias) check_memory("linear_cross_entropy", {{"linear_bias", &*linear_bias}});
-  if (weight) check_memory("linear_cross_entropy", {{"weight", &*weight}});
-  const Problem problem{input,
-                        linear_weight,
-                        target,
-                        linear_bias,
-                        weight,
-                        check_linear_cross_entropy(input, linear_weight, target, linear_bias,
-                                                   weight, reduction, label_smoothing),
-                        static_cast<Reduction>(reduction),
-                        ignore_index,
-                        label_smoothing};
+  const Problem problem(input, linear_weight, target, linear_bias, weight, reduction, ignore_index,
+                        label_smoothing);
   Gradients gradients(problem, input_grad, linear_weight_grad, linear_bias_grad);
   TORCHEXT_CHECK(reduction != 0 || !gradients.any,
                  "linear_cross_entropy: expected reduction mean or sum where gradients come with "
                  "the loss, but got none");
-  const int64_t rows = problem.shape.rows;
+  const int64_t positions = problem.shape.positions();
   const bool none = problem.reduction == Reduction::kNone;
-  const Tensor loss = empty_like(input, none ? std::vector<int64_t>{rows} : std::vector<int64_t>{});
-  Tensor stats;
+  std::vector<int64_t> loss_sizes;
+  if (none) loss_sizes.push_back(problem.shape.rows);
+  if (none && linear_weight.dim() == 3) loss_sizes.push_back(problem.shape.inner);
+  Tensor loss, stats;
   dispatch_floating(input.scalar_type(), "linear_cross_entropy", [&](auto zero) {
     using scalar_t = decltype(zero);
     using acc_t = acc_type<scalar_t>;
@@ -242,31 +285,27 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> linear_cross_entropy_forward_
     Workspace<scalar_t> work(problem, products.columns());
     const auto wide =
         std::is_same_v<acc_t, double> ? aoti_torch_dtype_float64() : aoti_torch_dtype_float32();
-    stats = empty_like(input, {2, rows}, wide);
+    loss = empty_like(input, loss_sizes, wide);
+    stats = empty_like(input, {2, positions}, wide);
+    acc_t* losses = static_cast<acc_t*>(loss.mutable_data_ptr());
     acc_t* stats_data = static_cast<acc_t*>(stats.mutable_data_ptr());
-    std::vector<acc_t> losses(none ? rows : 0);
     std::vector<double> block_losses;
     double total = 0;
-    for_each_chunk<scalar_t>(products, gradients, rows, work.prepared, work.buffer,
+    for_each_chunk<scalar_t>(products, gradients, problem.shape, work.prepared, work.buffer,
                              [&](CrossEntropyArgs<scalar_t>& args, int64_t first) {
                                // The chunk before is done: its blocks, in order.
                                for (const double value : block_losses) total += value;
                                block_losses.assign(cpu::block_count(args, work.prepared.walk), 0.0);
                                args.block_losses = block_losses.data();
-                               if (none) args.losses = losses.data() + first;
+                               if (none) args.losses = losses + first;
                                args.stats = stats_data + first;
-                               args.stats_stride = rows;
+                               args.stats_stride = positions;
                              });
     for (const double value : block_losses) total += value;
-    scalar_t* values = static_cast<scalar_t*>(loss.mutable_data_ptr());
-    if (none) {
-      for (int64_t i = 0; i < rows; ++i) values[i] = static_cast<scalar_t>(losses[i]);
-    } else {
-      if (problem.reduction == Reduction::kMean) total = work.prepared.mean(total);
-      *values = static_cast<scalar_t>(total);
-    }
+    if (problem.reduction == Reduction::kMean) total = work.prepared.mean(total);
+    if (!none) *losses = static_cast<acc_t>(total);
   });
-  return {loss, stats, gradients.input, gradients.linear_weight, gradients.linear_bias};
+  return std::tuple_cat(std::tuple{loss, stats}, gradients.shaped_like(linear_weight));
 }
 
 std::tuple<Tensor, Tensor, Tensor> linear_cross_entropy_backward_cpu(
@@ -275,30 +314,18 @@ std::tuple<Tensor, Tensor, Tensor> linear_cross_entropy_backward_cpu(
     const std::optional<Tensor>& weight, const Tensor& stats, int64_t reduction,
     int64_t ignore_index, double label_smoothing, bool input_grad, bool linear_weight_grad,
     bool linear_bias_grad) {
-  check_memory("linear_cross_entropy",
-               {{"input", &input}, {"linear_weight", &linear_weight}, {"target", &target}});
-  if (linear_bias) check_memory("linear_cross_entropy", {{"linear_bias", &*linear_bias}});
-  if (weight) check_memory("linear_cross_entropy", {{"weight", &*weight}});
-  const Problem problem{input,
-                        linear_weight,
-                        target,
-                        linear_bias,
-                        weight,
-                        check_linear_cross_entropy(input, linear_weight, target, linear_bias,
-                                                   weight, reduction, label_smoothing),
-                        static_cast<Reduction>(reduction),
-                        ignore_index,
-                        label_smoothing};
-  const int64_t rows = problem.shape.rows;
+  const Problem problem(input, linear_weight, target, linear_bias, weight, reduction, ignore_index,
+                        label_smoothing);
+  const int64_t positions = problem.shape.positions();
   const bool none = problem.reduction == Reduction::kNone;
-  TORCHEXT_CHECK(
-      grad_output.numel() == (none ? rows : 1) && grad_output.scalar_type() == input.scalar_type(),
-      "linear_cross_entropy_backward: expected grad_output of ", none ? rows : 1,
-      " elements of dtype ", dtype_string(input), ", but got shape ", shape_string(grad_output),
-      " and dtype ", dtype_string(grad_output));
-  TORCHEXT_CHECK(stats.numel() == 2 * rows && stats.is_contiguous(),
-                 "linear_cross_entropy_backward: expected stats of shape [2, ", rows, "], but got ",
-                 shape_string(stats));
+  const ScalarType sums = accumulation_dtype(input.scalar_type());
+  TORCHEXT_CHECK(grad_output.numel() == (none ? positions : 1) && grad_output.scalar_type() == sums,
+                 "linear_cross_entropy_backward: expected grad_output of ", none ? positions : 1,
+                 " elements of dtype ", torch::headeronly::toString(sums), ", but got shape ",
+                 shape_string(grad_output), " and dtype ", dtype_string(grad_output));
+  TORCHEXT_CHECK(stats.numel() == 2 * positions && stats.is_contiguous(),
+                 "linear_cross_entropy_backward: expected stats of shape [2, ", positions,
+                 "], but got ", shape_string(stats));
   Gradients gradients(problem, input_grad, linear_weight_grad, linear_bias_grad);
   const Tensor grad = as_contiguous(grad_output);
   dispatch_floating(input.scalar_type(), "linear_cross_entropy", [&](auto zero) {
@@ -307,12 +334,12 @@ std::tuple<Tensor, Tensor, Tensor> linear_cross_entropy_backward_cpu(
     Products<scalar_t> products(problem, gradients);
     Workspace<scalar_t> work(problem, products.columns());
     auto* stats_data = static_cast<acc_t*>(const_cast<void*>(stats.const_data_ptr()));
-    const auto* upstream = static_cast<const scalar_t*>(grad.const_data_ptr());
-    for_each_chunk<scalar_t>(products, gradients, rows, work.prepared, work.buffer,
+    const auto* upstream = static_cast<const acc_t*>(grad.const_data_ptr());
+    for_each_chunk<scalar_t>(products, gradients, problem.shape, work.prepared, work.buffer,
                              [&](CrossEntropyArgs<scalar_t>& args, int64_t first) {
                                args.backward = true;
                                args.stats = stats_data + first;
-                               args.stats_stride = rows;
+                               args.stats_stride = positions;
                                if (none) {
                                  args.grad_output = upstream + first;
                                } else {
@@ -320,7 +347,7 @@ std::tuple<Tensor, Tensor, Tensor> linear_cross_entropy_backward_cpu(
                                }
                              });
   });
-  return {gradients.input, gradients.linear_weight, gradients.linear_bias};
+  return gradients.shaped_like(linear_weight);
 }
 
 }  // namespace

@@ -12,7 +12,6 @@ Siblings: {csrc/{ops,cpu},torchext/nn}/linear_cross_entropy.*, tests/test_linear
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -22,11 +21,12 @@ from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from torchext import _autograd, _backend, _errors, _native, reference
 from torchext.ops import extras as with_extras
+from torchext.ops import linear_cross_entropy_fake as fakes
 from torchext.ops.cross_entropy_fake import REDUCTIONS
 from torchext.ops.extras import Extras
+from torchext.ops.linear_cross_entropy_call import INDICES, cast_by_autocast, fit
 
 _CODES = {name: code for code, name in enumerate(REDUCTIONS)}
-_INDICES = frozenset({torch.int64, torch.int32, torch.uint8})
 _FLOAT32, _FLOAT64 = torch.float32, torch.float64
 _PLAIN, _FLOATING = _backend.PLAIN, _backend.FLOATING
 _NO_EXTRAS = tuple(with_extras.NONE)
@@ -57,9 +57,9 @@ def linear_cross_entropy(
     buffer of at most 64 MiB (or of 256 rows of logits, where those are more).
 
     float32, float64, bfloat16 and float16 on the CPU run on the fused kernel, with class indices
-    and probabilities, class weights, label smoothing and every reduction. Anything else
-    (K-dimensional weights, autocast, functorch transforms, second derivatives) runs as the two
-    stock ops, on the whole logits.
+    and probabilities, class weights, label smoothing, every reduction and K-dimensional weights,
+    and under autocast. Anything else (functorch transforms, second derivatives, probabilities under
+    autocast) runs as the two stock ops, on the whole logits.
 
     Args:
         input: the features.
@@ -140,30 +140,53 @@ def _linear_cross_entropy(
     ignore_index: int | None,
     label_smoothing: float,
 ) -> Tensor:
-    indices = target.dtype in _INDICES
+    tensors = (input, linear_weight, target, linear_bias, weight)
     ordinary = _backend.ordinary()
+    narrow = None if ordinary else _backend.autocast_dtype(input)
+    if narrow is not None:
+        tensors, ordinary = cast_by_autocast(narrow, *tensors), _backend.ordinary(autocast=True)
     if (
-        linear_weight.dim() != 2
-        or input.numel() == 0
-        or linear_weight.numel() == 0
-        or (target.dim() != input.dim() - 1 if indices else target.dim() != 2 or input.dim() != 2)
-        or (ignore_index is not None and not indices)
-        or not _served(ordinary, input, linear_weight, target, linear_bias, weight)
+        (ignore_index is not None and target.dtype not in INDICES)
+        or (weight is not None and weight.dtype != input.dtype and narrow is None)
+        or not fit(*tensors[:4])
+        or not _served(ordinary, *tensors)
     ):
         return reference.linear_cross_entropy(
             input, linear_weight, target, linear_bias, weight, reduction, ignore_index,
             label_smoothing,
         )  # fmt: skip
-    shape, flat = target.shape, input.dim() != 2
-    if flat:
+    ignored = -100 if ignore_index is None else ignore_index
+    loss = _fused(ordinary, *tensors, _CODES[reduction], ignored, label_smoothing)
+    # As wide as the sums, which under autocast is the loss's own dtype.
+    return loss if loss.dtype is input.dtype or narrow is not None else loss.to(input.dtype)
+
+
+def _fused(
+    ordinary: bool,
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    linear_bias: Tensor | None,
+    weight: Tensor | None,
+    code: int,
+    ignore_index: int,
+    label_smoothing: float,
+) -> Tensor:
+    """The operator or the kernel, on tensors with one leading and one inner dimension."""
+    dtype, shape = input.dtype, None
+    if linear_weight.dim() > 2:
+        class_dim = target.dim() - linear_weight.dim() + 1  # 1 of probabilities, else 0
+        shape = target.shape[:1] + target.shape[class_dim + 1 :]
+        linear_weight, target = linear_weight.flatten(1, -2), target.flatten(class_dim + 1)
+        linear_bias = None if linear_bias is None else linear_bias.flatten(1)
+    elif input.dim() != 2:
+        shape = target.shape
         if input.shape[:-1] != shape:
             raise ValueError(
                 f"linear_cross_entropy: expected target of input's shape without its last "
                 f"dimension, {list(input.shape[:-1])}, but got {list(shape)}"
             )
         input, target = input.reshape(-1, input.shape[-1]), target.reshape(-1)
-    code = _CODES[reduction]
-    ignored = -100 if ignore_index is None else ignore_index
     differentiate = torch.is_grad_enabled() and (
         input.requires_grad
         or linear_weight.requires_grad
@@ -171,7 +194,6 @@ def _linear_cross_entropy(
     )
     # See cross_entropy: float16 gradients of a mean would underflow; and bfloat16 ones would be
     # rounded twice where backward cannot look at what it multiplies them by.
-    dtype = input.dtype
     at_once = dtype is _FLOAT32 or dtype is _FLOAT64 or (dtype is torch.bfloat16 and ordinary)
     came = _NOTHING
     if differentiate and at_once and code != 0:
@@ -179,10 +201,11 @@ def _linear_cross_entropy(
         came = (input.requires_grad, linear_weight.requires_grad, biased)
     run = _forward_op if not ordinary else _differentiable if differentiate else _kernel
     result = run(
-        input, linear_weight, target, linear_bias, weight, code, ignored, label_smoothing, *came
-    )
+        input, linear_weight, target, linear_bias, weight, code, ignore_index, label_smoothing,
+        *came,
+    )  # fmt: skip
     loss: Tensor = result if differentiate and ordinary else result[0]
-    return loss.reshape(shape) if flat and code == 0 else loss
+    return loss.reshape(shape) if shape is not None and code == 0 else loss
 
 
 def _served(
@@ -196,11 +219,9 @@ def _served(
     """Whether the kernels serve the call, or are the ones to refuse it."""
     if weight is not None and weight.requires_grad:
         return False
-    if target.requires_grad or (target.dtype not in _INDICES and target.dtype != input.dtype):
+    if target.requires_grad or (target.dtype not in INDICES and target.dtype != input.dtype):
         return False
     if not ordinary:
-        if torch.is_autocast_enabled(input.device.type):
-            return False
         tensors = (input, linear_weight, target, linear_bias, weight)
         return _backend.route(*tensors) == _backend.OPERATOR
     # The kernel itself refuses the other tensors' devices and layouts.
@@ -269,49 +290,8 @@ def _settle(
             ignore_index,
             label_smoothing,
         ),
-        lambda: _kernel(*tensors.values(), *options),
+        lambda: _kernel(*tensors.values(), *options) if linear_weight.dim() == 2 else None,
     )
-
-
-def _fake_gradients(
-    input: Tensor, linear_weight: Tensor, wanted: tuple[bool, ...]
-) -> tuple[Tensor, Tensor, Tensor]:
-    shapes = (input.shape, linear_weight.shape, linear_weight.shape[:1])
-    first, second, third = (
-        input.new_empty(shape if want else (0,)) for shape, want in zip(shapes, wanted, strict=True)
-    )
-    return first, second, third
-
-
-def _fake_forward(
-    input: Tensor,
-    linear_weight: Tensor,
-    target: Tensor,
-    linear_bias: Tensor | None,
-    weight: Tensor | None,
-    reduction: int,
-    ignore_index: int,
-    label_smoothing: float,
-    *wanted: bool,
-) -> tuple[Tensor, ...]:
-    reference.cross_entropy(  # raises where shapes do not go together
-        torch.nn.functional.linear(input, linear_weight, linear_bias),
-        target,
-        weight,
-        ignore_index,
-        REDUCTIONS[reduction],
-        label_smoothing,
-    )
-    loss = input.new_empty(input.shape[:1] if reduction == 0 else ())
-    wide = torch.float64 if input.dtype == torch.float64 else torch.float32
-    stats = input.new_empty((2, input.shape[0]), dtype=wide)
-    return loss, stats, *_fake_gradients(input, linear_weight, wanted)
-
-
-def _fake_backward(
-    grad_output: Tensor, input: Tensor, linear_weight: Tensor, *arguments: Any
-) -> tuple[Tensor, Tensor, Tensor]:
-    return _fake_gradients(input, linear_weight, arguments[-3:])
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -351,13 +331,9 @@ def _recomputed(
     """The gradients, from the saved tensors."""
     input, linear_weight, target, linear_bias, weight, stats, *saved = ctx.saved_tensors
     if _autograd.wants_reference(grad_loss):
-        reduction, ignore_index, label_smoothing = ctx.options
 
         def loss(x: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
-            logits = torch.nn.functional.linear(x, w, b)
-            return reference.cross_entropy(
-                logits, target, weight, ignore_index, REDUCTIONS[reduction], label_smoothing
-            )
+            return fakes.definition(x, w, target, b, weight, *ctx.options)
 
         return _autograd.reference_gradients(
             loss, (input, linear_weight, linear_bias), needed, grad_loss
@@ -382,17 +358,14 @@ def _came(wanted: Sequence[bool], needed: Sequence[bool]) -> bool:
 
 def _exact(grads: Sequence[Tensor], grad_loss: Tensor) -> bool:
     """Whether the gradients may be multiplied by that of the loss: bfloat16 would round twice."""
-    return grads[0].dtype is not torch.bfloat16 or _power_of_two(grad_loss)
-
-
-def _power_of_two(grad_loss: Tensor) -> bool:
-    """Whether multiplying by the loss's gradient is exact, so that nothing is rounded twice."""
-    return _backend.ordinary() and abs(math.frexp(grad_loss.item())[0]) in (0.5, 0.0)
+    return grads[0].dtype is not torch.bfloat16 or (
+        _backend.ordinary(autocast=True) and _autograd.power_of_two(grad_loss)
+    )
 
 
 if not _native.cpu_missing:
-    torch.library.register_fake("torchext::linear_cross_entropy_forward", _fake_forward)
-    torch.library.register_fake("torchext::linear_cross_entropy_backward", _fake_backward)
+    torch.library.register_fake("torchext::linear_cross_entropy_forward", fakes.forward)
+    torch.library.register_fake("torchext::linear_cross_entropy_backward", fakes.backward)
     _forward_op = torch.ops.torchext.linear_cross_entropy_forward.default
     _backward_op = torch.ops.torchext.linear_cross_entropy_backward.default
     _kernel = _autograd.kernel(_forward_op)

@@ -45,6 +45,12 @@ inline at::Tensor linear_cross_entropy_reference(const at::Tensor& input,
                                  weight, reduction, ignore_index, label_smoothing);
 }
 
+// The operator's loss has the dtype of its sums.
+inline at::Tensor in_sums(const at::Tensor& tensor) {
+  const bool narrow = tensor.scalar_type() == at::kHalf || tensor.scalar_type() == at::kBFloat16;
+  return narrow ? tensor.to(at::kFloat) : tensor;
+}
+
 // Where the loss is one number, forward makes the gradients with it, a chunk of rows at a time.
 class LinearCrossEntropyFunction : public torch::autograd::Function<LinearCrossEntropyFunction> {
   using Options = std::tuple<int64_t, int64_t, double, bool>;
@@ -72,13 +78,13 @@ class LinearCrossEntropyFunction : public torch::autograd::Function<LinearCrossE
                                 grad_linear_weight, grad_linear_bias});
     context->saved_data["options"] = Options{reduction, ignore_index, label_smoothing, one_pass};
     context->set_materialize_grads(false);
-    return loss;
+    return loss.to(dtype);
   }
 
   static variable_list backward(AutogradContext* context, const variable_list& grad_outputs) {
-    const at::Tensor& grad_loss = grad_outputs[0];
     variable_list grads(8);
-    if (!grad_loss.defined()) return grads;
+    if (!grad_outputs[0].defined()) return grads;
+    const at::Tensor grad_loss = in_sums(grad_outputs[0]);
     const variable_list saved = context->get_saved_variables();
     const at::Tensor &input = saved[0], &linear_weight = saved[1], &target = saved[2],
                      &linear_bias = saved[3], &weight = saved[4];
@@ -90,8 +96,10 @@ class LinearCrossEntropyFunction : public torch::autograd::Function<LinearCrossE
     if (wants_reference(grad_loss)) {
       const auto definition = [&, reduction = reduction, ignore_index = ignore_index,
                                label_smoothing = label_smoothing](const variable_list& tensors) {
-        return linear_cross_entropy_reference(tensors[0], tensors[1], target, tensors[2], weight,
-                                              reduction, ignore_index, label_smoothing);
+        const at::Tensor logits = at::linear(tensors[0], tensors[1], if_defined(tensors[2]));
+        return cross_entropy_reference(in_sums(logits), in_sums(target),
+                                       weight.defined() ? in_sums(weight) : weight, reduction,
+                                       ignore_index, label_smoothing);
       };
       found =
           reference_gradients(definition, {input, linear_weight, linear_bias}, needed, grad_loss);
@@ -157,9 +165,10 @@ inline at::Tensor linear_cross_entropy(const at::Tensor& input, const at::Tensor
                                              label_smoothing);
   }
   const at::AutoDispatchBelowADInplaceOrView below_autograd;
-  return std::get<0>(linear_cross_entropy_forward().call(
+  const auto results = linear_cross_entropy_forward().call(
       input, linear_weight, target, if_defined(linear_bias), if_defined(weight), reduction,
-      ignore_index, label_smoothing, false, false, false));
+      ignore_index, label_smoothing, false, false, false);
+  return std::get<0>(results).to(input.scalar_type());
 }
 
 }  // namespace torchext
