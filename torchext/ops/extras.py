@@ -4,7 +4,8 @@ r"""What the losses can do beside the stock ones, made of differentiable ops.
     lse_n = log sum_c exp z_nc
     loss_n = cross_entropy(z)_n + z_loss lse_n^2     nothing where the target is ignored
 
-Every backend serves them, by its own cross_entropy and torch's ops around it. `z_loss` and
+Every backend serves them, by its own cross_entropy and torch's ops around it; those of
+linear_cross_entropy by chunks of rows where it can (extras_autograd.py). `z_loss` and
 `softcap` are those of PaLM (Chowdhery et al., 2022) and Gemma 2 (Gemma team, 2024).
 
 Siblings: torchext/ops/cross_entropy.py, torchext/ops/linear_cross_entropy.py, tests/test_extras.py.
@@ -18,7 +19,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from torchext import _errors
+from torchext.ops.cross_entropy_fake import REDUCTIONS
+
 _MEANS = ("nan", "zero")
+_WIDE = (torch.float32, torch.float64)
 
 
 class Extras(NamedTuple):
@@ -31,8 +36,13 @@ class Extras(NamedTuple):
     return_argmax: bool = False
     ignored_mean: str = "nan"
 
-    def check(self, op: str) -> None:
+    def check(self, op: str, reduction: str = "mean") -> None:
         """Raises ValueError for values that have no meaning."""
+        if reduction not in REDUCTIONS:
+            raise ValueError(
+                f"{op}: expected reduction to be one of {REDUCTIONS}, but got {reduction!r}: "
+                f"{reduction} is not a valid value for reduction"
+            )
         if self.softcap is not None and not self.softcap > 0:
             raise ValueError(f"{op}: expected softcap above 0 or None, but got {self.softcap}")
         if self.ignored_mean not in _MEANS:
@@ -60,6 +70,11 @@ Loss = Callable[[Tensor, Tensor, Tensor | None, int, str, float], Tensor]
 Result = Tensor | tuple[Tensor, ...]
 
 
+def _check(op: str, extras: Extras, reduction: str, **tensors: Tensor) -> None:
+    _errors.check_types(op, ((name, value, _errors.TENSOR) for name, value in tensors.items()))
+    extras.check(op, reduction)
+
+
 def cross_entropy(
     loss_of: Loss,
     extras: Extras,
@@ -85,7 +100,7 @@ def cross_entropy(
     Returns:
         The loss, or a tuple of it, the lse and the argmax, as far as they are asked for.
     """
-    extras.check("cross_entropy")
+    _check("cross_entropy", extras, reduction, input=input, target=target)
     logits = input
     if extras.logit_scale != 1:
         logits = logits * extras.logit_scale
@@ -154,30 +169,63 @@ def linear_cross_entropy(
     Returns:
         See `cross_entropy`.
     """
-    extras.check("linear_cross_entropy")
+    op = "linear_cross_entropy"
+    _check(op, extras, reduction, input=input, linear_weight=linear_weight, target=target)
     ignored = -100 if ignore_index is None else ignore_index
-    if extras.logit_scale != 1 and input.dtype in (torch.float32, torch.float64):
+    rest = extras._replace(logit_scale=1.0)
+    if extras.logit_scale != 1 and not rest.need_logits and input.dtype in _WIDE:
         input = input * extras.logit_scale
         linear_bias = None if linear_bias is None else linear_bias * extras.logit_scale
-        extras = extras._replace(logit_scale=1.0)
+        extras = rest
+    tensors = (input, linear_weight, target, linear_bias, weight)
     if not extras.need_logits:
 
         def reduced(how: str) -> Tensor:
-            tensors = (input, linear_weight, target, linear_bias, weight)
             return loss_of(*tensors, how, ignore_index, label_smoothing)
 
         return mean_or(reduced, extras, reduction, target, weight, ignored, input.dim())
+    from torchext.ops import extras_autograd  # made of what is here
+
+    result = extras_autograd.attempt(*tensors, extras, reduction, ignore_index, label_smoothing)
+    if result is None:
+        result = _on_whole_logits(*tensors, extras, reduction, ignore_index, label_smoothing)
+    return result
+
+
+def _on_whole_logits(
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    linear_bias: Tensor | None,
+    weight: Tensor | None,
+    extras: Extras,
+    reduction: str,
+    ignore_index: int | None,
+    label_smoothing: float,
+) -> Result:
+    """The definition, for what the chunks do not serve, and what is wrong."""
     import torchext
 
+    if ignore_index is not None and target.is_floating_point():
+        raise RuntimeError(
+            "linear_cross_entropy: expected no ignore_index with a target of probabilities, but "
+            f"got {ignore_index}"
+        )
     features = linear_weight.shape[-1]
     bias = None if linear_bias is None else linear_bias.flatten()
     logits = torch.nn.functional.linear(input, linear_weight.reshape(-1, features), bias)
     flat = linear_weight.dim() == 2 and input.dim() > 2 and not target.is_floating_point()
     shape = target.shape
     if flat:
+        if shape != input.shape[:-1]:
+            raise ValueError(
+                f"linear_cross_entropy: expected target of input's shape without its last "
+                f"dimension, {list(input.shape[:-1])}, but got {list(shape)}"
+            )
         logits, target = logits.flatten(0, -2), target.flatten()
     elif linear_weight.dim() > 2:
         logits = logits.reshape(*input.shape[:-1], *linear_weight.shape[:-1])
+    ignored = -100 if ignore_index is None else ignore_index
     result = torchext.cross_entropy(
         logits, target, weight, ignore_index=ignored, reduction=reduction,
         label_smoothing=label_smoothing, **extras._asdict(),

@@ -21,6 +21,7 @@ from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from torchext import _autograd, _backend, _errors, _native, reference
 from torchext.ops import extras as with_extras
+from torchext.ops import extras_autograd
 from torchext.ops import linear_cross_entropy_fake as fakes
 from torchext.ops.cross_entropy_fake import REDUCTIONS
 from torchext.ops.extras import Extras
@@ -58,8 +59,9 @@ def linear_cross_entropy(
 
     float32, float64, bfloat16 and float16 on the CPU run on the fused kernel, with class indices
     and probabilities, class weights, label smoothing, every reduction and K-dimensional weights,
-    and under autocast. Anything else (functorch transforms, second derivatives, probabilities under
-    autocast) runs as the two stock ops, on the whole logits.
+    and under autocast. The extras walk chunks of rows, too, by the cross_entropy kernels of the CPU
+    or of CUDA. Anything else (functorch transforms, second derivatives, compiled extras) runs as
+    the two stock ops, on the whole logits.
 
     Args:
         input: the features.
@@ -71,12 +73,12 @@ def linear_cross_entropy(
         ignore_index: the class index that counts for nothing; None means -100. Not to be given with
             probabilities.
         label_smoothing: how much of each target is spread over all classes, in [0, 1].
-        z_loss: this and the following as in `torchext.cross_entropy`, on the whole logits.
-        softcap: likewise.
-        logit_scale: likewise; alone, in float32 or float64, without the logits.
+        z_loss: this and the following as in `torchext.cross_entropy`; see `extras_chunks`.
+        softcap: likewise, with a second buffer.
+        logit_scale: likewise.
         return_lse: likewise.
         return_argmax: likewise.
-        ignored_mean: likewise, without the logits.
+        ignored_mean: likewise.
 
     Shape:
         - input: :math:`(H)` or :math:`(*, H)`
@@ -151,14 +153,25 @@ def _linear_cross_entropy(
         or not fit(*tensors[:4])
         or not _served(ordinary, *tensors)
     ):
-        return reference.linear_cross_entropy(
-            input, linear_weight, target, linear_bias, weight, reduction, ignore_index,
+        return _unserved(
+            narrow, input, linear_weight, target, linear_bias, weight, reduction, ignore_index,
             label_smoothing,
         )  # fmt: skip
     ignored = -100 if ignore_index is None else ignore_index
     loss = _fused(ordinary, *tensors, _CODES[reduction], ignored, label_smoothing)
     # As wide as the sums, which under autocast is the loss's own dtype.
     return loss if loss.dtype is input.dtype or narrow is not None else loss.to(input.dtype)
+
+
+def _unserved(narrow: torch.dtype | None, *arguments: Any) -> Tensor:
+    """By chunks under autocast, whose probabilities are wider than its logits, or by definition."""
+    if narrow is not None:
+        input, linear_weight, target, bias, weight, *options = arguments
+        tensors = (input, linear_weight, target, bias, weight)
+        loss = extras_autograd.attempt(*tensors, with_extras.NONE, *options)
+        if loss is not None:
+            return loss  # type: ignore[return-value]
+    return reference.linear_cross_entropy(*arguments)
 
 
 def _fused(
