@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from itertools import chain, product
+from itertools import product
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.testing._internal.common_methods_invocations import op_db
-from torch.testing._internal.common_modules import module_db
 
 import torchext
 from torchext import reference
@@ -183,64 +181,6 @@ def test_registered_operators_pass_opcheck():
         ops.linear_cross_entropy_backward.default,
         (torch.randn(()), *tensors, stats, *options, True, True, True),
     )
-
-
-@pytest.mark.skipif(
-    not hasattr(F, "linear_cross_entropy"), reason="torch has F.linear_cross_entropy from 2.13"
-)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
-def test_pytorch_samples(dtype):
-    infos = [op for op in op_db if op.name == "nn.functional.linear_cross_entropy"]
-    count = 0
-    for sample in chain.from_iterable(
-        info.sample_inputs("cpu", dtype, requires_grad=True) for info in infos
-    ):
-        kwargs = {name: value for name, value in sample.kwargs.items() if name != "options"}
-        leaves = [
-            t
-            for t in (sample.input, *sample.args, *kwargs.values())
-            if isinstance(t, Tensor) and t.requires_grad
-        ]
-        stock = F.linear_cross_entropy(sample.input, *sample.args, **kwargs)
-        ours = torchext.linear_cross_entropy(sample.input, *sample.args, **kwargs)
-        upstream = torch.randn_like(stock)
-        tolerance = {"rtol": 2e-2, "atol": 2e-2} if dtype == torch.bfloat16 else {}
-        torch.testing.assert_close(ours, stock, equal_nan=True, **tolerance)
-        torch.testing.assert_close(
-            torch.autograd.grad(ours, leaves, upstream, allow_unused=True),
-            torch.autograd.grad(stock, leaves, upstream, allow_unused=True),
-            equal_nan=True,
-            **tolerance,
-        )
-        count += 1
-    assert count > 0
-
-
-@pytest.mark.skipif(
-    not hasattr(torch.nn, "LinearCrossEntropyLoss"),
-    reason="torch has nn.LinearCrossEntropyLoss from 2.13",
-)
-def test_pytorch_module_inputs():
-    (info,) = (m for m in module_db if m.module_cls is torch.nn.LinearCrossEntropyLoss)
-    count = 0
-    for sample in info.module_inputs_func(info, "cpu", torch.float32, True, training=True):
-        constructor = dict(sample.constructor_input.kwargs)
-        constructor.pop("options", None)
-        arguments = sample.constructor_input.args
-        stock = torch.nn.LinearCrossEntropyLoss(*arguments, **constructor)
-        ours = torchext.nn.LinearCrossEntropyLoss(*arguments, **constructor)
-        ours.load_state_dict(stock.state_dict())
-        call = (sample.forward_input.args, sample.forward_input.kwargs)
-        losses = [module(*call[0], **call[1]) for module in (ours, stock)]
-        upstream = torch.randn_like(losses[1])
-        torch.testing.assert_close(*losses)
-        grads = [
-            torch.autograd.grad(loss, list(module.parameters()), upstream)
-            for loss, module in zip(losses, (ours, stock), strict=True)
-        ]
-        torch.testing.assert_close(*grads)
-        count += 1
-    assert count > 100
 
 
 @pytest.mark.parametrize(

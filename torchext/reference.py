@@ -31,6 +31,36 @@ def linear_cross_entropy(
     Takes what torch 2.13's ``F.linear_cross_entropy`` takes, and input (*, H) with class indices
     (*) of more than one leading dimension.
     """
+    check_linear_cross_entropy(input, linear_weight, target, linear_bias, ignore_index)
+    if input.dim() > 2:
+        rows = linear_cross_entropy(
+            input.flatten(0, -2), linear_weight, target.flatten(), linear_bias, weight, reduction,
+            ignore_index, label_smoothing,
+        )  # fmt: skip
+        return rows.reshape(target.shape) if reduction == "none" else rows
+    bias = None if linear_bias is None else linear_bias.flatten()
+    logits = F.linear(input, linear_weight.flatten(0, -2), bias)
+    logits = logits.reshape(*input.shape[:-1], *linear_weight.shape[:-1])
+    ignored = -100 if ignore_index is None else ignore_index
+    return cross_entropy(logits, target, weight, ignored, reduction, label_smoothing)
+
+
+def check_linear_cross_entropy(
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    linear_bias: Tensor | None,
+    ignore_index: int | None,
+) -> None:
+    """Raises RuntimeError, as stock does, for what the two ops alone would not refuse.
+
+    Args:
+        input: (H), (N, H), or (*, H) with target (*).
+        linear_weight: (C, H) or (C, d1, ..., dK, H).
+        target: as linear_cross_entropy takes it.
+        linear_bias: linear_weight's shape without H.
+        ignore_index: not to be given with probabilities.
+    """
     op = "linear_cross_entropy"
     if linear_weight.dim() < 2:
         raise RuntimeError(
@@ -53,26 +83,15 @@ def linear_cross_entropy(
             f"{op}: expected input (N, {input.shape[-1]}) with linear_weight of shape "
             f"{list(linear_weight.shape)}, but got shape {list(input.shape)}"
         )
-    if input.dim() > 2:
-        if target.shape != input.shape[:-1]:
-            raise ValueError(
-                f"{op}: expected target of input's shape without its last dimension, "
-                f"{list(input.shape[:-1])}, but got {list(target.shape)}"
-            )
-        rows = linear_cross_entropy(
-            input.flatten(0, -2), linear_weight, target.flatten(), linear_bias, weight, reduction,
-            ignore_index, label_smoothing,
-        )  # fmt: skip
-        return rows.reshape(target.shape) if reduction == "none" else rows
-    logits_shape = (*input.shape[:-1], *inner)
-    if target.shape == logits_shape and ignore_index is not None:
+    if input.dim() > 2 and target.shape != input.shape[:-1]:
+        raise RuntimeError(
+            f"{op}: expected target of input's shape without its last dimension, "
+            f"{list(input.shape[:-1])}, but got {list(target.shape)}"
+        )
+    if target.shape == input.shape[:-1] + inner and ignore_index is not None:
         raise RuntimeError(
             f"{op}: expected no ignore_index with a target of probabilities, but got {ignore_index}"
         )
-    flat_bias = None if linear_bias is None else linear_bias.flatten()
-    logits = F.linear(input, linear_weight.flatten(0, -2), flat_bias).reshape(logits_shape)
-    ignored = -100 if ignore_index is None else ignore_index
-    return cross_entropy(logits, target, weight, ignored, reduction, label_smoothing)
 
 
 def cross_entropy(

@@ -19,7 +19,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from torchext import _errors
+from torchext import _errors, reference
 from torchext.ops.cross_entropy_fake import REDUCTIONS
 
 _MEANS = ("nan", "zero")
@@ -206,22 +206,12 @@ def _on_whole_logits(
     """The definition, for what the chunks do not serve, and what is wrong."""
     import torchext
 
-    if ignore_index is not None and target.is_floating_point():
-        raise RuntimeError(
-            "linear_cross_entropy: expected no ignore_index with a target of probabilities, but "
-            f"got {ignore_index}"
-        )
+    reference.check_linear_cross_entropy(input, linear_weight, target, linear_bias, ignore_index)
     features = linear_weight.shape[-1]
     bias = None if linear_bias is None else linear_bias.flatten()
     logits = torch.nn.functional.linear(input, linear_weight.reshape(-1, features), bias)
-    flat = linear_weight.dim() == 2 and input.dim() > 2 and not target.is_floating_point()
-    shape = target.shape
+    flat, shape = input.dim() > 2, target.shape
     if flat:
-        if shape != input.shape[:-1]:
-            raise ValueError(
-                f"linear_cross_entropy: expected target of input's shape without its last "
-                f"dimension, {list(input.shape[:-1])}, but got {list(shape)}"
-            )
         logits, target = logits.flatten(0, -2), target.flatten()
     elif linear_weight.dim() > 2:
         logits = logits.reshape(*input.shape[:-1], *linear_weight.shape[:-1])

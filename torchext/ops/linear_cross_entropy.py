@@ -195,7 +195,7 @@ def _fused(
     elif input.dim() != 2:
         shape = target.shape
         if input.shape[:-1] != shape:
-            raise ValueError(
+            raise RuntimeError(
                 f"linear_cross_entropy: expected target of input's shape without its last "
                 f"dimension, {list(input.shape[:-1])}, but got {list(shape)}"
             )

@@ -142,10 +142,10 @@ inline at::Tensor linear_cross_entropy(const at::Tensor& input, const at::Tensor
   using namespace detail;
   if (input.dim() > 2) {
     const at::IntArrayRef leading = input.sizes().slice(0, input.dim() - 1);
-    TORCH_CHECK_VALUE(target.sizes() == leading,
-                      "linear_cross_entropy: expected target of input's shape without its last "
-                      "dimension, ",
-                      leading, ", but got ", target.sizes());
+    TORCH_CHECK(target.sizes() == leading,
+                "linear_cross_entropy: expected target of input's shape without its last "
+                "dimension, ",
+                leading, ", but got ", target.sizes());
     const at::Tensor loss =
         linear_cross_entropy(input.flatten(0, -2), linear_weight, target.flatten(), linear_bias,
                              weight, reduction, ignore_index, label_smoothing);
