@@ -225,6 +225,59 @@ def test_script_the_functions() -> None:
     torch.testing.assert_close(ours, torch.autograd.grad(stock.square().sum(), weight))
 
 
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("probabilities", [False, True])
+@pytest.mark.parametrize("out_features", [(), (2, 3)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_script_the_head_and_save_it(
+    tmp_path: Any,
+    reduction: str,
+    probabilities: bool,
+    out_features: tuple[int, ...],
+    dtype: torch.dtype,
+) -> None:
+    """The operator in the graph; loss and gradients of the module and of the one loaded again."""
+    for options in (
+        {"bias": True},
+        {"weight": torch.rand(5) + 0.5, "label_smoothing": 0.1},
+        {"ignore_index": 2} if not probabilities else {},
+    ):
+        module = torchext.nn.LinearCrossEntropyLoss(
+            8, 5, out_features=out_features, reduction=reduction, **options
+        ).to(dtype)
+        scripted = torch.jit.script(module)
+        assert "torchext::linear_cross_entropy_forward" in str(scripted.inlined_graph)
+        scripted.save(tmp_path / "head.pt")
+        loaded = torch.jit.load(tmp_path / "head.pt")
+        cases = [((6, 8), (6, *out_features))]
+        if not (out_features or probabilities):
+            cases += [((8,), ()), ((2, 3, 8), (2, 3))]
+        for input_shape, positions in cases:
+            x = torch.randn(input_shape).to(dtype).requires_grad_()
+            target = torch.randint(5, positions)
+            if probabilities:
+                target = torch.randn(6, 5, *out_features).softmax(1).to(dtype)
+            stock = module(x, target)
+            upstream = torch.randn_like(stock)
+            expected = torch.autograd.grad(stock, (x, module.linear.weight), upstream)
+            for other in (scripted, loaded):
+                loss = other(x, target)
+                assert loss.dtype == stock.dtype and loss.shape == stock.shape
+                torch.testing.assert_close(loss, stock)
+                found = torch.autograd.grad(loss, (x, other.linear.weight), upstream)
+                torch.testing.assert_close(found, expected)
+
+
+def test_script_refuses_what_the_head_refuses() -> None:
+    head = torch.jit.script(torchext.nn.LinearCrossEntropyLoss(8, 5, ignore_index=1))
+    with pytest.raises(Exception, match="no ignore_index with a target of probabilities"):
+        head(torch.randn(3, 8), torch.rand(3, 5))
+    with pytest.raises(Exception, match="TorchScript has no extras"):
+        torch.jit.script(torchext.nn.LinearCrossEntropyLoss(8, 5, z_loss=0.1))(
+            torch.randn(3, 8), torch.tensor([0, 1, 2])
+        )
+
+
 def test_script_a_model_and_save_it(tmp_path: Any) -> None:
     torch.jit.script(Model(True)).save(tmp_path / "model.pt")
     loaded = torch.jit.load(tmp_path / "model.pt")

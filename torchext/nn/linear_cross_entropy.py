@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from torchext.ops.extras import NONE, Extras
 from torchext.ops.linear_cross_entropy import linear_cross_entropy
+from torchext.ops.linear_cross_entropy_call import scripted
 
 
 class LinearCrossEntropyLoss(nn.Module):
@@ -16,6 +17,7 @@ class LinearCrossEntropyLoss(nn.Module):
 
     Constructor and ``state_dict`` are those of torch 2.13's ``nn.LinearCrossEntropyLoss`` (whose
     ``options`` is not needed: the logits never exist as a whole); it exists on torch 2.11 too.
+    TorchScript has it without the extras, for CPU tensors.
     Shapes, formula and errors: :func:`torchext.linear_cross_entropy`.
 
     Args:
@@ -37,8 +39,14 @@ class LinearCrossEntropyLoss(nn.Module):
         ignored_mean: what a mean over no target gives: ``"nan"`` or ``"zero"``.
     """
 
-    __constants__ = ["num_classes", "out_features", "reduction", "ignore_index", "label_smoothing"]
-    weight: Tensor | None
+    __constants__ = [
+        "num_classes",
+        "reduction",
+        "ignore_index",
+        "label_smoothing",
+        "plain",
+        "inner",
+    ]
 
     def __init__(
         self,
@@ -63,7 +71,8 @@ class LinearCrossEntropyLoss(nn.Module):
         super().__init__()
         extras = Extras(z_loss, softcap, logit_scale, return_lse, return_argmax, ignored_mean)
         extras.check("LinearCrossEntropyLoss")
-        self.extras = {} if extras == NONE else extras._asdict()
+        self.plain = extras == NONE
+        self.extras = {} if self.plain else extras._asdict()
         if weight is not None and weight.shape != (num_classes,):
             raise RuntimeError(
                 f"LinearCrossEntropyLoss: expected weight of shape {(num_classes,)}, but got "
@@ -74,12 +83,14 @@ class LinearCrossEntropyLoss(nn.Module):
                 f"LinearCrossEntropyLoss: expected label_smoothing in [0, 1], but got "
                 f"{label_smoothing}"
             )
+        self.weight: Tensor | None  # not on the class: TorchScript would read it there, and cannot
         self.register_buffer("weight", weight)
         self.num_classes = num_classes
         self.out_features = out_features
         self.reduction = reduction
         self.ignore_index = ignore_index
         self.label_smoothing = label_smoothing
+        self.inner = math.prod(out_features) if out_features else 0  # 0: no dimensions but C
         # A weight of K dimensions is kept flat, as torch keeps it.
         self.linear = nn.Linear(
             in_features, math.prod(out_features, start=num_classes), bias, device, dtype
@@ -87,6 +98,29 @@ class LinearCrossEntropyLoss(nn.Module):
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
         """Returns the loss of `input` against `target`, or a tuple with what else it has."""
+        if not torch.jit.is_scripting():  # type: ignore[attr-defined]
+            return self._eager(input, target)
+        if not self.plain:
+            raise RuntimeError("LinearCrossEntropyLoss: TorchScript has no extras")
+        linear_weight = self.linear.weight
+        linear_bias: Tensor | None = self.linear.bias
+        if self.inner != 0:
+            linear_weight = linear_weight.reshape(self.num_classes, self.inner, -1)
+            if linear_bias is not None:
+                linear_bias = linear_bias.reshape(self.num_classes, self.inner)
+        return scripted(
+            input,
+            linear_weight,
+            target,
+            linear_bias,
+            self.weight,
+            self.reduction,
+            self.ignore_index,
+            self.label_smoothing,
+        )
+
+    @torch.jit.unused
+    def _eager(self, input: Tensor, target: Tensor) -> Tensor:
         linear = self.linear
         linear_weight: Tensor = linear.weight
         linear_bias: Tensor | None = linear.bias

@@ -61,3 +61,60 @@ def fit(input: Tensor, linear_weight: Tensor, target: Tensor, linear_bias: Tenso
         and target.shape[2 - dims :] == linear_weight.shape[1:-1]
         and (linear_bias is None or linear_bias.shape == linear_weight.shape[:-1])
     )
+
+
+def scripted(
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    linear_bias: Tensor | None,
+    weight: Tensor | None,
+    reduction: str,
+    ignore_index: int | None,
+    label_smoothing: float,
+) -> Tensor:
+    """The call as TorchScript takes it (no keyword-only arguments), for the module.
+
+    Args:
+        input: (H) or (*, H); (N, H) with a linear_weight of three dimensions.
+        linear_weight: (C, H) or (C, D, H).
+        target: class indices, or probabilities (N, C, ...).
+        linear_bias: linear_weight's shape without H.
+        weight: (C).
+        reduction: of the loss.
+        ignore_index: of the loss.
+        label_smoothing: of the loss.
+    """
+    probabilities = target.is_floating_point()
+    if probabilities and ignore_index is not None:
+        raise RuntimeError(
+            "linear_cross_entropy: expected no ignore_index with a target of probabilities"
+        )
+    ignored = -100 if ignore_index is None else ignore_index
+    shape = list(target.shape)  # of the positions
+    if probabilities:
+        shape = shape[:-1] if target.dim() == 1 else shape[:1] + shape[2:]
+    if linear_weight.dim() == 3:
+        target = target.flatten(2 if probabilities else 1)
+    else:
+        input = input.reshape(-1, input.shape[-1])
+        target = target.reshape(-1, target.shape[-1]) if probabilities else target.reshape(-1)
+    code = 0 if reduction == "none" else 2 if reduction == "sum" else 1
+    at_once = (
+        code != 0 and torch.is_grad_enabled() and input.dtype in (torch.float32, torch.float64)
+    )
+    loss: Tensor = torch.ops.torchext.linear_cross_entropy_forward(
+        input,
+        linear_weight,
+        target,
+        linear_bias,
+        weight,
+        code,
+        ignored,
+        label_smoothing,
+        at_once and input.requires_grad,
+        at_once and linear_weight.requires_grad,
+        at_once and linear_bias is not None and linear_bias.requires_grad,
+    )[0]
+    loss = loss.to(input.dtype)
+    return loss.reshape(shape) if code == 0 else loss
