@@ -34,7 +34,7 @@ inline void addmm_out(const Tensor& out, const Tensor& added, const Tensor& left
 
 // What may go with a product.
 struct Also {
-  bool accumulate = false;       // adds to what stands in out
+  bool accumulate = false;       // adds to what stands in out; not with a bias
   const Tensor* bias = nullptr;  // (columns), added to every row
   bool relu = false;
   bool by_rows = false;  // see Product
@@ -44,7 +44,8 @@ struct Also {
 // (product.cpp) and measured faster than the library's; returns whether it did. Otherwise nothing
 // has happened.
 template <typename scalar_t>
-bool multiply(const Tensor& out, const Tensor& left, const Tensor& right, const Also& also = {}) {
+bool own_product(const Tensor& out, const Tensor& left, const Tensor& right,
+                 const Also& also = {}) {
   if constexpr (std::is_same_v<scalar_t, simd::acc_type<scalar_t>>) {
     const int64_t rows = left.size(0), inner = left.size(1), columns = right.size(1);
     if (!product_serves(rows * inner * columns) || out.stride(1) != 1) return false;
@@ -66,6 +67,17 @@ bool multiply(const Tensor& out, const Tensor& left, const Tensor& right, const 
     return true;
   } else {
     return false;  // the narrow dtypes round as the library does: they stay with it
+  }
+}
+
+// out = left @ right and what goes with it (no ReLU), by whichever is faster.
+template <typename scalar_t>
+void multiply(const Tensor& out, const Tensor& left, const Tensor& right, const Also& also = {}) {
+  if (own_product<scalar_t>(out, left, right, also)) return;
+  if (also.bias || also.accumulate) {
+    addmm_out(out, also.bias ? *also.bias : out, left, right);
+  } else {
+    mm_out(out, left, right);
   }
 }
 

@@ -145,12 +145,7 @@ class Products {
     const Tensor x = cpu::rows_of(problem_.input, first, rows);
     cpu::Also also;
     also.bias = problem_.linear_bias ? &*problem_.linear_bias : nullptr;
-    if (cpu::multiply<scalar_t>(logits, x, cpu::transposed(problem_.linear_weight), also)) return;
-    if (problem_.linear_bias) {
-      cpu::addmm_out(logits, *problem_.linear_bias, x, cpu::transposed(problem_.linear_weight));
-    } else {
-      cpu::mm_out(logits, x, cpu::transposed(problem_.linear_weight));
-    }
+    cpu::multiply<scalar_t>(logits, x, cpu::transposed(problem_.linear_weight), also);
   }
 
   // What these rows give the gradients, from the logits' gradient in the buffer.
@@ -164,22 +159,14 @@ class Products {
     }
     const Tensor logits = cpu::rows_of(buffer, 0, rows);
     if (gradients_.input.numel() > 0) {
-      const Tensor gradient = cpu::rows_of(gradients_.input, first, rows);
-      if (!cpu::multiply<scalar_t>(gradient, logits, problem_.linear_weight)) {
-        cpu::mm_out(gradient, logits, problem_.linear_weight);
-      }
+      cpu::multiply<scalar_t>(cpu::rows_of(gradients_.input, first, rows), logits,
+                              problem_.linear_weight);
     }
     if (const Tensor& gradient = gradients_.linear_weight; gradient.numel() > 0) {
-      const Tensor left = cpu::transposed(logits);
-      const Tensor x = cpu::rows_of(problem_.input, first, rows);
       cpu::Also also;
       also.accumulate = first > 0;
-      if (cpu::multiply<scalar_t>(gradient, left, x, also)) {
-      } else if (first == 0) {
-        cpu::mm_out(gradient, left, x);
-      } else {
-        cpu::addmm_out(gradient, gradient, left, x);
-      }
+      cpu::multiply<scalar_t>(gradient, cpu::transposed(logits),
+                              cpu::rows_of(problem_.input, first, rows), also);
     }
     if (bias_sums_.empty()) return;
     add_column_sums<scalar_t>(data_of(logits), rows, problem_.columns(), bias_sums_.data());

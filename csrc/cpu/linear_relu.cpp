@@ -126,7 +126,7 @@ Tensor linear_relu_forward_cpu(const Tensor& input, const Tensor& weight,
     cpu::Also also;
     also.bias = bias ? &dense_bias : nullptr;
     also.relu = true;
-    if (cpu::multiply<scalar_t>(product, matrix, transposed(weight), also)) return;
+    if (cpu::own_product<scalar_t>(product, matrix, transposed(weight), also)) return;
     BiasReluArgs<scalar_t> args{static_cast<scalar_t*>(product.mutable_data_ptr()), nullptr,
                                 shape.out_features};
     if (bias && sizeof(scalar_t) == 2) {
@@ -186,19 +186,16 @@ std::tuple<Tensor, Tensor, Tensor> linear_relu_backward_cpu(const Tensor& grad_o
   dispatch_floating(input.scalar_type(), "linear_relu", [&](auto zero) {
     using scalar_t = decltype(zero);
     if (input_grad && grad_input.numel() > 0) {
-      const Tensor matrix =
-          as_strided(grad_input, {rows, shape.in_features}, {shape.in_features, 1});
-      if (!cpu::multiply<scalar_t>(matrix, grad_linear, weight))
-        mm_out(matrix, grad_linear, weight);
+      cpu::multiply<scalar_t>(
+          as_strided(grad_input, {rows, shape.in_features}, {shape.in_features, 1}), grad_linear,
+          weight);
     }
     if (weight_grad && grad_weight.numel() > 0) {
-      const Tensor left = transposed(grad_linear);
-      const Tensor right = as_matrix(input, rows, shape.in_features);
       // A thread meets the weight's rows here that it updates in the optimiser's step.
       cpu::Also also;
       also.by_rows = true;
-      if (!cpu::multiply<scalar_t>(grad_weight, left, right, also))
-        mm_out(grad_weight, left, right);
+      cpu::multiply<scalar_t>(grad_weight, transposed(grad_linear),
+                              as_matrix(input, rows, shape.in_features), also);
     }
   });
   return {grad_input, grad_weight, grad_bias};
