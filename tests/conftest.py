@@ -9,6 +9,7 @@ from collections.abc import Generator, Iterator
 
 import pytest
 import torch
+from cuda_emulation import emulated, emulated_library  # noqa: F401 (fixtures)
 
 import torchext
 from torchext import _triton

@@ -73,6 +73,104 @@ def check(
         close(place, gradient, "gradient in place")
 
 
+# Of the norm, beyond eager's own error in the dtype: one rounding of the result.
+ROUNDING = {
+    torch.float64: 1e-11,
+    torch.float32: 2e-5,
+    torch.bfloat16: 2**-8,
+    torch.float16: 2**-10,
+}
+
+
+class Head:
+    """The arguments of a linear_cross_entropy call, its truth, and what eager makes of it."""
+
+    def __init__(
+        self,
+        shape: tuple[int, int, int],
+        dtype: torch.dtype,
+        *,
+        probabilities: bool = False,
+        bias: bool = False,
+        weighted: bool = False,
+        smoothing: float = 0.0,
+        reduction: str = "mean",
+        ignore_index: int = -100,
+        device: str = "cpu",
+    ) -> None:
+        rows, features, classes = shape
+        input = torch.randn(rows, features, device=device)
+        weight = torch.randn(classes, features, device=device) * 2 / features**0.5
+        self.leaves = [input.to(dtype), weight.to(dtype)]
+        self.bias = torch.randn(classes, device=device).to(dtype) if bias else None
+        self.weight = (torch.rand(classes, device=device) + 0.1).to(dtype) if weighted else None
+        if probabilities:
+            self.target = torch.randn(rows, classes, device=device).softmax(-1).to(dtype)
+        else:
+            self.target = torch.randint(classes, (rows,), device=device)
+            self.target[: rows // 3 : 2] = ignore_index
+        self.reduction, self.smoothing, self.ignored = reduction, smoothing, ignore_index
+        self.dtype = dtype
+        size = (rows,) if reduction == "none" else ()
+        self.upstream = torch.randn(size, device=device).to(dtype)
+
+    def stock(self, dtype: torch.dtype, upstream: Tensor | None) -> list[Tensor]:
+        """The loss and its gradients, as eager makes them in a dtype."""
+        tensors = [*self.leaves] + ([] if self.bias is None else [self.bias])
+        leaves = [tensor.to(dtype, copy=True).requires_grad_() for tensor in tensors]
+        probabilities = self.target.is_floating_point()
+        loss = F.cross_entropy(
+            F.linear(*leaves),
+            self.target.to(dtype) if probabilities else self.target.long(),
+            None if self.weight is None else self.weight.to(dtype),
+            ignore_index=-100 if probabilities else self.ignored,
+            reduction=self.reduction,
+            label_smoothing=self.smoothing,
+        )
+        upstream = torch.ones_like(loss) if upstream is None else upstream.to(dtype)
+        return [loss.detach(), *torch.autograd.grad(loss, leaves, upstream)]
+
+    def arguments(self) -> tuple[Any, ...]:
+        return (*self.leaves, self.target, self.bias, self.weight)
+
+    def options(self) -> tuple[Any, ...]:
+        code = ("none", "mean", "sum").index(self.reduction)
+        return (code, self.ignored, self.smoothing)
+
+    def compare(self, found: list[Tensor], upstream: Tensor | None, what: str) -> None:
+        truth, eager = self.stock(torch.float64, upstream), self.stock(self.dtype, upstream)
+        assert len(found) == len(truth)
+        names = ("loss", "input", "linear_weight", "linear_bias")
+        for name, actual, expected, stock in zip(names, found, truth, eager, strict=False):
+            assert actual.shape == expected.shape
+            assert actual.dtype == self.dtype
+            allowed = (stock.double() - expected).norm()
+            allowed += ROUNDING[self.dtype] * (expected.norm() + 1e-6)
+            error = (actual.double() - expected).norm()
+            assert error <= allowed, f"{what} {name}: {float(error):.3g} > {float(allowed):.3g}"
+
+    def check(self, forward: Callable[..., Any], backward: Callable[..., Any]) -> None:
+        """Both operators, by a float64 truth and eager's error; and that they give the same twice.
+
+        `forward` and `backward` call the operators with these arguments.
+        """
+        wanted = (True, True, self.bias is not None)
+        kept = 3 if self.bias is None else 4
+        if self.reduction != "none":
+            loss, _, *gradients = forward(*self.arguments(), *self.options(), *wanted)
+            self.compare([loss, *gradients][:kept], None, "with the loss:")
+            again = forward(*self.arguments(), *self.options(), *wanted)
+            for one, other in zip(gradients, again[2:], strict=True):
+                assert torch.equal(one, other)
+        loss, stats, *none = forward(*self.arguments(), *self.options(), False, False, False)
+        assert [gradient.numel() for gradient in none] == [0, 0, 0]
+        arguments = (self.upstream, *self.arguments(), stats, *self.options())
+        gradients = backward(*arguments, *wanted)
+        self.compare([loss, *gradients][:kept], self.upstream, "from stats:")
+        for one, other in zip(gradients, backward(*arguments, *wanted), strict=True):
+            assert torch.equal(one, other)
+
+
 def shifted(rows: int, classes: int) -> Tensor:
     """Rows that begin at no multiple of 16 bytes."""
     return torch.randn(rows, classes + 1)[:, 1:]

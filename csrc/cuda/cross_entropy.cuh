@@ -88,7 +88,7 @@ struct Place {
 
 template <typename scalar_t>
 struct Target {
-  int64_t index;  // -1 of probabilities and of an ignored position
+  int64_t index;  // from first_class on; -1 of probabilities and of an ignored position
   bool ignored;
   acc_type<scalar_t> weight;  // W_t
 };
@@ -106,15 +106,16 @@ __device__ inline Target<scalar_t> target_of(const CrossEntropyArgs& args, int64
                                              bool asserts) {
   if (args.indices == nullptr) return {-1, false, 0};
   const int64_t t = class_index(args, position);
-  const int64_t n_classes = args.classes;
+  const int64_t n_classes = args.all_classes;
   if (t == args.ignore_index) return {-1, true, 0};
   if (t < 0 || t >= n_classes) {
     if (asserts) assert(t >= 0 && t < n_classes);
     return {-1, false, 0};
   }
   acc_type<scalar_t> weight = in_width<acc_type<scalar_t>>(args.kept);
-  if (args.weight) weight *= to_acc(static_cast<const scalar_t*>(args.weight)[t]);
-  return {t, false, weight};
+  const int64_t index = t - args.first_class;
+  if (args.weight) weight *= to_acc(static_cast<const scalar_t*>(args.weight)[index]);
+  return {index, false, weight};
 }
 
 // q of `kSize` classes from `c` on; `probabilities` and the weights at that class.
@@ -192,7 +193,7 @@ __device__ inline void write_loss(const CrossEntropyArgs& args, int64_t position
   if (args.stats) {
     acc_t* stats = static_cast<acc_t*>(args.stats);
     stats[position] = sums.max;
-    stats[args.positions + position] = sums.sum;
+    stats[args.stats_stride + position] = sums.sum;
   }
 }
 

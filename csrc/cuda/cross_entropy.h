@@ -41,6 +41,10 @@ struct CrossEntropyArgs {
   int64_t positions;  // N * S
   int64_t classes;    // C
   int64_t inner;      // S
+  // Where `classes` are a part of the row's: the first of them, and how many the row has. Kernels
+  // that begin with stats can do that.
+  int64_t first_class;
+  int64_t all_classes;
 
   const void* input;  // scalar
   Strides input_strides;
@@ -62,8 +66,9 @@ struct CrossEntropyArgs {
   const Mean* mean;       // its inverse where not null, and grad_output
   void* loss_values;      // scalar (positions), or null
   void* losses;           // acc (positions), or null
-  void* stats;            // acc (2, positions): maxima, then sums; or null
-  const void* row_mass;   // acc: sum q, where a gradient is made of stats; null: uniform_mass
+  void* stats;            // acc: maxima of the positions and, stats_stride on, sums; or null
+  int64_t stats_stride;
+  const void* row_mass;  // acc: sum q, where a gradient is made of stats; null: uniform_mass
   int64_t row_mass_stride;
   bool dense;  // probabilities or smoothing
 };

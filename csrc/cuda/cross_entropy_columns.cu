@@ -121,7 +121,7 @@ __global__ void __launch_bounds__(kThreads, 2)
     const acc_t* mass = static_cast<const acc_t*>(args.row_mass);
 #pragma unroll
     for (int k = 0; k < kSize; ++k) {
-      sums[k] = {stats[position + k], stats[args.positions + position + k], 0, 0};
+      sums[k] = {stats[position + k], stats[args.stats_stride + position + k], 0, 0};
       if constexpr (kDense) {
         sums[k].mass =
             mass ? mass[(position + k) * args.row_mass_stride] : in_width<acc_t>(args.uniform_mass);

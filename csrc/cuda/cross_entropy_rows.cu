@@ -6,7 +6,7 @@
 //   forward and gradient   2 N C b (the logits, the gradient) + 8 N + 4 N
 //   probabilities          + N C b in the forward, + 2 N C b with the gradient (read again, from
 //                          the cache where a row fits)
-#include "cuda/cross_entropy_slice.cuh"
+#include "cuda/cross_entropy_block.cuh"
 
 namespace torchext::cuda {
 namespace {
@@ -19,13 +19,6 @@ constexpr int kPortableCluster = 8;  // a larger one may be refused
 constexpr int most_group_classes(int bytes) {
   return bytes == 8 ? kGroupClasses / 2 : kGroupClasses;
 }
-
-// The most threads of a block. 1024 leave 64 registers a thread, enough for 32 of the row; a dense
-// target, and double, need more.
-constexpr int most_threads(int bytes, bool dense) { return bytes == 8 || dense ? 512 : 1024; }
-
-// Accesses that a thread of a block keeps.
-constexpr int block_items(int bytes, bool wide) { return (wide ? 8 : 16) / (bytes == 8 ? 2 : 1); }
 
 template <typename scalar_t, bool kWide>
 constexpr int kGroupItems =
@@ -43,7 +36,8 @@ __global__ void __launch_bounds__(kGroupThreads, 1)
   const bool writes = group < args.positions;
   const int64_t position = writes ? group : args.positions - 1;
   const Place place(args, position);
-  const scalar_t* row = static_cast<const scalar_t*>(args.input) + place.in(args.input_strides);
+  const WholeRow<const scalar_t> row{static_cast<const scalar_t*>(args.input) +
+                                     place.in(args.input_strides)};
   const scalar_t* probabilities = static_cast<const scalar_t*>(args.probabilities);
   if (probabilities) probabilities += place.in(args.probability_strides);
 
@@ -51,7 +45,8 @@ __global__ void __launch_bounds__(kGroupThreads, 1)
   Part_ slice;
   slice.load(row, part);
   const auto target = target_of<scalar_t>(args, position, lane == 0 && writes);
-  const acc_t target_x = target.index >= 0 ? to_acc(row[target.index]) : acc_t{0};
+  acc_t target_x = 0;
+  if (target.index >= 0) target_x = to_acc(*row.at(static_cast<int>(target.index)));
   const acc_t max = group_max(slice.max(part), lanes);
   Sums<acc_t> sums = slice.sums(args, max, part, probabilities);
   sums.sum = group_sum(sums.sum, lanes);
@@ -63,74 +58,20 @@ __global__ void __launch_bounds__(kGroupThreads, 1)
   sums = finished(sums);
   if (lane == 0) write_loss<scalar_t, kDense>(args, position, sums, target, target_x);
   if (args.gradient == nullptr) return;
-  slice.write_gradient(args, gradient_scale(args, position, sums, target), target, part,
-                       probabilities,
-                       static_cast<scalar_t*>(args.gradient) + place.in(args.gradient_strides));
+  slice.write_gradient(
+      args, gradient_scale(args, position, sums, target), target, part, probabilities,
+      WholeRow<scalar_t>{static_cast<scalar_t*>(args.gradient) + place.in(args.gradient_strides)});
 }
 
-// One row to a block, or to a cluster of blocks: each block sums its part, the first warp of each
-// reads the parts of all (distributed shared memory) and joins them in one order, so that all
-// blocks have the same bits.
 template <typename scalar_t, bool kWide, bool kDense>
 __global__ void __launch_bounds__(most_threads(sizeof(scalar_t), kDense), 1)
     cross_entropy_block_kernel(const __grid_constant__ CrossEntropyArgs args) {
-  using Part_ = Slice<scalar_t, kWide, kDense, block_items(sizeof(scalar_t), kWide)>;
-  using acc_t = acc_type<scalar_t>;
-  TORCHEXT_SHARED(Sums<acc_t>, of_warps, 32);
-  TORCHEXT_SHARED(Sums<acc_t>, of_block, 1);
-  TORCHEXT_SHARED(Sums<acc_t>, of_row, 1);
-  const int blocks = Cluster::size();
-  const int rank = Cluster::rank();
-  const int thread = static_cast<int>(threadIdx.x);
-  const int threads = static_cast<int>(blockDim.x);
-  const int lane = thread % 32;
-  const int warp = thread / 32;
-  const int64_t position = blockIdx.x / static_cast<unsigned>(blocks);
-  const bool first = rank == 0 && thread == 0;
-  const Place place(args, position);
-  const scalar_t* row = static_cast<const scalar_t*>(args.input) + place.in(args.input_strides);
-  const scalar_t* probabilities = static_cast<const scalar_t*>(args.probabilities);
-  if (probabilities) probabilities += place.in(args.probability_strides);
-
-  const Part part = Part::of<Part_::kSize>(args.classes, rank * threads + thread, blocks * threads);
-  Part_ slice;
-  slice.load(row, part);
-  const auto target = target_of<scalar_t>(args, position, first);
-  // Before the first barrier: the gradient may overwrite the logits behind it.
-  const acc_t target_x = first && target.index >= 0 ? to_acc(row[target.index]) : acc_t{0};
-  const acc_t warp_max = group_max(slice.max(part));
-  Sums<acc_t> sums = slice.sums(args, warp_max, part, probabilities);
-  sums.sum = group_sum(sums.sum);
-  if constexpr (kDense) {
-    sums.mass = group_sum(sums.mass);
-    sums.dot = group_sum(sums.dot);
-  }
-  if (lane == 0) of_warps[warp] = sums;
-  sync_block();
-  if (warp == 0) {
-    sums = group_joined<kDense>(lane < threads / 32 ? of_warps[lane] : no_sums<acc_t>(), 32);
-    if (lane == 0) (blocks > 1 ? of_block : of_row)[0] = sums;
-  }
-  if (blocks > 1) {
-    Cluster::arrive();
-    Cluster::wait();
-    if (warp == 0) {
-      sums =
-          group_joined<kDense>(lane < blocks ? *Cluster::of(of_block, lane) : no_sums<acc_t>(), 32);
-      if (lane == 0) of_row[0] = sums;
-    }
-    Cluster::arrive();  // has read the others' shared memory: see the end
-  }
-  sync_block();
-  sums = finished(of_row[0]);
-  if (first) write_loss<scalar_t, kDense>(args, position, sums, target, target_x);
-  if (args.gradient) {
-    slice.write_gradient(args, gradient_scale(args, position, sums, target), target, part,
-                         probabilities,
-                         static_cast<scalar_t*>(args.gradient) + place.in(args.gradient_strides));
-  }
-  // A block's shared memory lives as long as the others may read it.
-  if (blocks > 1) Cluster::wait();
+  const Place place(args, blockIdx.x / static_cast<unsigned>(Cluster::size()));
+  const WholeRow<const scalar_t> row{static_cast<const scalar_t*>(args.input) +
+                                     place.in(args.input_strides)};
+  const WholeRow<scalar_t> gradient{static_cast<scalar_t*>(args.gradient) +
+                                    place.in(args.gradient_strides)};
+  row_by_blocks<scalar_t, kWide, kDense>(args, place, row, gradient);
 }
 
 template <typename scalar_t, bool kWide>

@@ -21,6 +21,14 @@ struct Part {
   }
 };
 
+// Where a row's classes are: side by side.
+template <typename scalar_t>
+struct WholeRow {
+  scalar_t* first;
+
+  __device__ scalar_t* at(int c) const { return first + c; }
+};
+
 template <typename scalar_t, bool kWide, bool kDense, int kItems>
 struct Slice {
   using acc_t = acc_type<scalar_t>;
@@ -31,12 +39,13 @@ struct Slice {
   acc_t rest;
 
   // All loads are under way before the first is waited for.
-  __device__ void load(const scalar_t* row, const Part& part) {
+  template <typename Row>
+  __device__ void load(const Row& row, const Part& part) {
 #pragma unroll
     for (int i = 0; i < kItems; ++i) {
       const int access = part.first + i * part.step;
       if (access < part.accesses) {
-        raw[i] = Memory::load(row + access * kSize);
+        raw[i] = Memory::load(row.at(access * kSize));
       } else {
         acc_t none[kSize];
 #pragma unroll
@@ -44,7 +53,7 @@ struct Slice {
         raw[i] = Memory::pack(none);
       }
     }
-    rest = part.rest >= 0 ? to_acc(row[part.rest]) : -kInfinity<acc_t>;
+    rest = part.rest >= 0 ? to_acc(*row.at(part.rest)) : -kInfinity<acc_t>;
   }
 
   __device__ acc_t max(const Part& part) const {
@@ -100,10 +109,11 @@ struct Slice {
     return sums;
   }
 
+  template <typename Row>
   __device__ void write_gradient(const CrossEntropyArgs& args,
                                  const GradientScale<acc_t>& row_scale,
                                  const Target<scalar_t>& target, const Part& part,
-                                 const scalar_t* probabilities, scalar_t* gradient) const {
+                                 const scalar_t* probabilities, const Row& gradient) const {
     const scalar_t* weight = static_cast<const scalar_t*>(args.weight);
 #pragma unroll
     for (int i = 0; i < kItems; ++i) {
@@ -114,14 +124,14 @@ struct Slice {
       gradient_of<scalar_t, kWide, kDense>(args, row_scale, target, access * kSize,
                                            probabilities ? probabilities + access * kSize : nullptr,
                                            weight ? weight + access * kSize : nullptr, x);
-      Memory::store(gradient + access * kSize, Memory::pack(x));
+      Memory::store(gradient.at(access * kSize), Memory::pack(x));
     }
     if (part.rest >= 0) {
       acc_t x[1] = {rest};
       gradient_of<scalar_t, false, kDense>(args, row_scale, target, part.rest,
                                            probabilities ? probabilities + part.rest : nullptr,
                                            weight ? weight + part.rest : nullptr, x);
-      gradient[part.rest] = from_acc<scalar_t>(x[0]);
+      *gradient.at(part.rest) = from_acc<scalar_t>(x[0]);
     }
   }
 };

@@ -137,7 +137,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   }
   const auto target = target_of<scalar_t>(args, position, segment == 0 && lane == 0);
   const acc_t* stats = static_cast<const acc_t*>(args.stats);
-  Sums<acc_t> sums{stats[position], stats[args.positions + position], 0, 0};
+  Sums<acc_t> sums{stats[position], stats[args.stats_stride + position], 0, 0};
   if constexpr (kDense) {
     sums.mass = args.row_mass
                     ? static_cast<const acc_t*>(args.row_mass)[position * args.row_mass_stride]

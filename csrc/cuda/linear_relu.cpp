@@ -2,8 +2,7 @@
 // epilogue; what stands around them backward is one kernel of ours (linear_relu_mask.cu).
 #include "cuda/linear_relu.h"
 
-#include <torch/csrc/inductor/aoti_torch/generated/c_shim_cuda.h>
-
+#include "cuda/gemm.h"
 #include "cuda/host.h"
 #include "ops/linear_relu.h"
 
@@ -11,16 +10,9 @@ namespace torchext {
 namespace {
 
 using cuda::Dtype;
+using cuda::mm_out;
+using cuda::transposed;
 using cuda::Workspace;
-
-Tensor transposed(const Tensor& matrix) {
-  return as_strided(matrix, {matrix.size(1), matrix.size(0)}, {matrix.stride(1), matrix.stride(0)});
-}
-
-// out = left @ right
-void mm_out(const Tensor& out, const Tensor& left, const Tensor& right) {
-  TORCHEXT_AOTI_CHECK(aoti_torch_cuda_mm_out(out.get(), left.get(), right.get()));
-}
 
 // (*, features) as (rows, features), a view where it can be.
 Tensor as_matrix(const Tensor& tensor, int64_t rows, int64_t features) {

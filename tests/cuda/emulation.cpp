@@ -131,6 +131,8 @@ void run_cluster(int threads, int cluster) {
 
 }  // namespace
 
+int64_t products = 0;
+
 Index& thread_index() { return machine.current->thread; }
 Index& block_index() { return machine.block_index; }
 Index& block_dim() { return machine.block_dim; }
@@ -190,7 +192,15 @@ cudaError_t cudaMemsetAsync(void* data, int value, size_t bytes, cudaStream_t) {
 
 AOTITorchError aoti_torch_cuda_mm_out(AtenTensorHandle out, AtenTensorHandle left,
                                       AtenTensorHandle right) {
+  ++emulated::products;
   return aoti_torch_cpu_mm_out(out, left, right);
+}
+
+AOTITorchError aoti_torch_cuda_addmm_out(AtenTensorHandle out, AtenTensorHandle added,
+                                         AtenTensorHandle left, AtenTensorHandle right, double beta,
+                                         double alpha) {
+  ++emulated::products;
+  return aoti_torch_cpu_addmm_out(out, added, left, right, beta, alpha);
 }
 
 AOTITorchError aoti_torch_cuda__addmm_activation(AtenTensorHandle added, AtenTensorHandle left,

@@ -36,6 +36,8 @@ uint64_t* warp_slots();
 // Shared memory of the running fiber's block, by the address of a tag; zeroed, then poisoned.
 void* shared(const void* tag, size_t bytes);
 void* shared_of(void* mine, int rank);
+// Matrix products so far: what a schedule can be told by.
+extern int64_t products;
 // Runs `blocks` blocks, a cluster at a time.
 void run(int64_t blocks, int threads, int cluster, const std::function<void()>& kernel);
 
