@@ -31,11 +31,12 @@ CUDA_HOME = Path("/usr/local/cuda")
 # Kernels that stream logits or activations: these may not spill (double, which sums in registers of
 # twice the size, is reported alone), and their wide forms must have 16-byte accesses.
 HOT = re.compile(
-    r"(cross_entropy_(group|block|stream|gradient|column)|relu_mask)_kernel<(?!double)"
+    r"(cross_entropy_(group|block|pieces|stream|gradient|column)|relu_mask|add_product|"
+    r"partial_column_sums)_kernel<(?!double)"
 )
 WIDE = re.compile(r"_kernel<\w+, true")
-CLUSTER = re.compile(r"cross_entropy_block_kernel")
-WRITES = re.compile(r"(?!cross_entropy_stream)")  # the stream's result is two numbers a row
+CLUSTER = re.compile(r"cross_entropy_(block|pieces)_kernel")
+WRITES = re.compile(r"(?!cross_entropy_stream|partial_column_sums)")  # these write little
 INSTRUCTIONS = {
     "LDG.E.128": re.compile(r"\bLDG\.E\.(?:\w+\.)*128\b"),
     "STG.E.128": re.compile(r"\bSTG\.E\.(?:\w+\.)*128\b"),

@@ -82,6 +82,18 @@ ROUNDING = {
 }
 
 
+HEAD_OPTIONS: list[dict[str, Any]] = [
+    {},
+    {"bias": True, "reduction": "sum", "weighted": True},
+    {"bias": True, "smoothing": 0.2, "weighted": True},
+    {"smoothing": 0.1, "reduction": "none", "bias": True},
+    {"reduction": "none", "weighted": True, "ignore_index": 3},
+    {"probabilities": True, "bias": True},
+    {"probabilities": True, "smoothing": 0.2, "weighted": True, "reduction": "sum"},
+    {"probabilities": True, "weighted": True, "reduction": "none"},
+]
+
+
 class Head:
     """The arguments of a linear_cross_entropy call, its truth, and what eager makes of it."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import shutil
 import subprocess
@@ -29,6 +30,12 @@ def cuda_headers() -> Path | None:
 def build(folder: Path, headers: Path) -> Path:
     """Compiles what is older than its sources; returns the library."""
     folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "lock").open("w") as lock:  # pytest-xdist has several processes
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        return _build(folder, headers)
+
+
+def _build(folder: Path, headers: Path) -> Path:
     torch_home = Path(torch.__file__).parent
     flags = ["-std=c++20", "-O1", "-fPIC", "-w", "-DUSE_CUDA", "-DTORCH_STABLE_ONLY",
              "-DTORCH_TARGET_VERSION=0x020b000000000000", f"-I{ROOT / 'tests/cuda/emulated'}",

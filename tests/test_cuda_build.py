@@ -87,6 +87,10 @@ def test_the_compile_check_finds_faults(compile_cuda: Any) -> None:
     assert faults(block, "sm_80", 0, *wide) == []
     assert faults(block, "sm_90a", 0, *wide) == [f"has no {word}" for word in cluster]
     assert faults(block, "sm_80", 8, *wide) == ["spills 8 bytes"]
+    pieces = "cross_entropy_pieces_kernel<float, true, true>"
+    assert faults(pieces, "sm_90a", 0, *wide) == [f"has no {word}" for word in cluster]
+    assert faults("add_product_kernel<__half, true>", "sm_80", 0, wide[0]) == ["has no STG.E.128"]
+    assert faults("partial_column_sums_kernel<float, true>", "sm_80", 0, wide[0]) == []
     assert faults("relu_mask_kernel<float, true>", "sm_80") == [f"has no {word}" for word in wide]
     assert faults("relu_mask_kernel<float, false>", "sm_80") == []
     assert faults("cross_entropy_stream_kernel<float, true>", "sm_80", 0, wide[0]) == []

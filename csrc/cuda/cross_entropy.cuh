@@ -100,20 +100,20 @@ __device__ inline int64_t class_index(const CrossEntropyArgs& args, int64_t posi
 }
 
 // A class index that is out of range addresses nothing: it ends in an assertion, of one thread, in
-// the words of torch's.
-template <typename scalar_t>
+// the words of torch's. `kPart`: args.classes may be a part of all.
+template <typename scalar_t, bool kPart = false>
 __device__ inline Target<scalar_t> target_of(const CrossEntropyArgs& args, int64_t position,
                                              bool asserts) {
   if (args.indices == nullptr) return {-1, false, 0};
   const int64_t t = class_index(args, position);
-  const int64_t n_classes = args.all_classes;
+  const int64_t n_classes = kPart ? args.all_classes : args.classes;
   if (t == args.ignore_index) return {-1, true, 0};
   if (t < 0 || t >= n_classes) {
     if (asserts) assert(t >= 0 && t < n_classes);
     return {-1, false, 0};
   }
   acc_type<scalar_t> weight = in_width<acc_type<scalar_t>>(args.kept);
-  const int64_t index = t - args.first_class;
+  const int64_t index = kPart ? t - args.first_class : t;
   if (args.weight) weight *= to_acc(static_cast<const scalar_t*>(args.weight)[index]);
   return {index, false, weight};
 }

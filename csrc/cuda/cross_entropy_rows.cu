@@ -36,8 +36,8 @@ __global__ void __launch_bounds__(kGroupThreads, 1)
   const bool writes = group < args.positions;
   const int64_t position = writes ? group : args.positions - 1;
   const Place place(args, position);
-  const WholeRow<const scalar_t> row{static_cast<const scalar_t*>(args.input) +
-                                     place.in(args.input_strides)};
+  const WholeRows<scalar_t> rows{args, place};
+  const auto row = rows.input();
   const scalar_t* probabilities = static_cast<const scalar_t*>(args.probabilities);
   if (probabilities) probabilities += place.in(args.probability_strides);
 
@@ -45,8 +45,7 @@ __global__ void __launch_bounds__(kGroupThreads, 1)
   Part_ slice;
   slice.load(row, part);
   const auto target = target_of<scalar_t>(args, position, lane == 0 && writes);
-  acc_t target_x = 0;
-  if (target.index >= 0) target_x = to_acc(*row.at(static_cast<int>(target.index)));
+  const acc_t target_x = target.index >= 0 ? to_acc(*row.at(target.index)) : acc_t{0};
   const acc_t max = group_max(slice.max(part), lanes);
   Sums<acc_t> sums = slice.sums(args, max, part, probabilities);
   sums.sum = group_sum(sums.sum, lanes);
@@ -58,20 +57,16 @@ __global__ void __launch_bounds__(kGroupThreads, 1)
   sums = finished(sums);
   if (lane == 0) write_loss<scalar_t, kDense>(args, position, sums, target, target_x);
   if (args.gradient == nullptr) return;
-  slice.write_gradient(
-      args, gradient_scale(args, position, sums, target), target, part, probabilities,
-      WholeRow<scalar_t>{static_cast<scalar_t*>(args.gradient) + place.in(args.gradient_strides)});
+  slice.write_gradient(args, gradient_scale(args, position, sums, target), target, part,
+                       probabilities, rows.gradient());
 }
 
 template <typename scalar_t, bool kWide, bool kDense>
 __global__ void __launch_bounds__(most_threads(sizeof(scalar_t), kDense), 1)
     cross_entropy_block_kernel(const __grid_constant__ CrossEntropyArgs args) {
-  const Place place(args, blockIdx.x / static_cast<unsigned>(Cluster::size()));
-  const WholeRow<const scalar_t> row{static_cast<const scalar_t*>(args.input) +
-                                     place.in(args.input_strides)};
-  const WholeRow<scalar_t> gradient{static_cast<scalar_t*>(args.gradient) +
-                                    place.in(args.gradient_strides)};
-  row_by_blocks<scalar_t, kWide, kDense>(args, place, row, gradient);
+  const int64_t position = position_of_block();
+  const Place place(args, position);
+  row_by_blocks<scalar_t, kWide, kDense>(args, position, place, WholeRows<scalar_t>{args, place});
 }
 
 template <typename scalar_t, bool kWide>

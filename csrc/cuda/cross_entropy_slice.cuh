@@ -26,7 +26,7 @@ template <typename scalar_t>
 struct WholeRow {
   scalar_t* first;
 
-  __device__ scalar_t* at(int c) const { return first + c; }
+  __device__ scalar_t* at(int64_t c) const { return first + c; }
 };
 
 template <typename scalar_t, bool kWide, bool kDense, int kItems>

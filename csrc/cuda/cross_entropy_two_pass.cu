@@ -135,7 +135,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   for (int i = 0; i < kItems; ++i) {
     if (first + i * lanes < accesses) raw[i] = Memory::load(row + (first + i * lanes) * kSize);
   }
-  const auto target = target_of<scalar_t>(args, position, segment == 0 && lane == 0);
+  const auto target = target_of<scalar_t, true>(args, position, segment == 0 && lane == 0);
   const acc_t* stats = static_cast<const acc_t*>(args.stats);
   Sums<acc_t> sums{stats[position], stats[args.stats_stride + position], 0, 0};
   if constexpr (kDense) {

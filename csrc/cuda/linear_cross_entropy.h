@@ -11,12 +11,12 @@ namespace torchext::cuda {
 
 constexpr int kMostPieces = 4;
 
-// Logits in pieces: all rows of the classes [begin[i], begin[i + 1]) are a matrix of their own.
+// Logits in pieces: all rows of the classes from begin[i] on are a matrix of their own.
 struct Pieces {
   int count;
-  int64_t begin[kMostPieces + 1];
-  void* data[kMostPieces];          // scalar
-  int64_t row_stride[kMostPieces];  // elements
+  int begin[kMostPieces];
+  void* data[kMostPieces];      // scalar: where class 0 would be
+  int row_stride[kMostPieces];  // elements
 };
 
 // A row's losses, stats and gradient (in the logits' place) with one read of the logits, wherever

@@ -16,21 +16,22 @@ constexpr int kThreads = 512;
 template <typename scalar_t>
 struct RowInPieces {
   const Pieces& pieces;
-  int64_t n;
+  int n;
 
-  __device__ scalar_t* at(int c) const {
+  __device__ const RowInPieces& input() const { return *this; }
+  __device__ const RowInPieces& gradient() const { return *this; }
+  __device__ scalar_t* at(int64_t class_index) const {
+    const int c = static_cast<int>(class_index);  // a row of a block's has few enough
     void* data = pieces.data[0];
-    int64_t stride = pieces.row_stride[0];
-    int64_t begin = 0;
+    int stride = pieces.row_stride[0];
 #pragma unroll
     for (int i = 1; i < kMostPieces; ++i) {
       if (i < pieces.count && c >= pieces.begin[i]) {
         data = pieces.data[i];
         stride = pieces.row_stride[i];
-        begin = pieces.begin[i];
       }
     }
-    return static_cast<scalar_t*>(data) + (n * stride + (c - begin));
+    return static_cast<scalar_t*>(data) + (static_cast<int64_t>(n) * stride + c);
   }
 };
 
@@ -39,9 +40,10 @@ template <typename scalar_t, bool kWide, bool kDense>
 __global__ void __launch_bounds__(kThreads, sizeof(scalar_t) == 8 || kDense ? 1 : 2)
     cross_entropy_pieces_kernel(const __grid_constant__ CrossEntropyArgs args,
                                 const __grid_constant__ Pieces pieces) {
-  const Place place(args, blockIdx.x / static_cast<unsigned>(Cluster::size()));
-  const RowInPieces<scalar_t> row{pieces, place.n};
-  row_by_blocks<scalar_t, kWide, kDense>(args, place, row, row);
+  const int64_t position = position_of_block();
+  const Place place(args, position);
+  row_by_blocks<scalar_t, kWide, kDense>(args, position, place,
+                                         RowInPieces<scalar_t>{pieces, static_cast<int>(place.n)});
 }
 
 template <typename scalar_t>

@@ -1,31 +1,29 @@
-// linear_cross_entropy on CUDA: the products are the library's, the loss is cross_entropy's
-// kernels, which put the gradient in the logits' place; here is what is made when, and where it
-// lies. Nothing waits for the device. There are three ways, N rows, H features, C classes, b bytes
-// an element.
+// linear_cross_entropy on CUDA: what is made when, and where it lies. The products are the
+// library's; the loss is cross_entropy's kernels, which put the gradient in the logits' place.
+// Nothing waits for the device. There are three ways; N rows, H features, C classes, b bytes an
+// element.
 //
 // By rows: a chunk's logits, their loss and gradient, and the products with it. What is small or
 // has no gradient of the weight goes so, in `chunk_bytes`. Over several chunks the gradient of the
-// weight is summed in float32: 4 C H bytes (its own memory lends itself to the chunk), and 16 C H
-// moved for each chunk.
+// weight is summed apart, in float32 (4 C H bytes; 16 C H moved for each chunk), and lends its own
+// memory to the chunks.
 //
-// In pieces, where the gradient of the weight is wanted: all logits' gradient is kept, so that each
-// row of the weight's gradient is one product over all rows, rounded once and moved once. Two of
-// every three bytes' worth of room for it is the weight's gradient's own: the first classes' logits
-// lie at its end, in pieces, each of which is used up by the time the products before it have grown
-// to it (plan_pieces). The last piece lies outside. Only the input's gradient is a sum of products,
-// of one for each of at most four pieces, in float32, a block of rows at a time.
-//   N = 8192, H = 4096, C = 128256, bfloat16: 2.101 GB of logits, 7/15 of them in the weight's
-//   gradient, 1.122 GB outside; 0.034 GB of float32 for the sum; 1.156 GB (and cuBLAS' own 0.034).
-//   Time at 790 TFLOP/s and 4.3 TB/s: products 32.7 ms; the loss, 2 N C b, 0.98 ms; the float32
-//   sums, 50 N H, 0.39 ms were none of it to stay in the cache, where 0.034 GB would fit: 33.7 to
-//   34.1 ms. With no sum at all (all logits outside, 2.1 GB) it would be 33.7; 33.5 needs products
-//   at 795 TFLOP/s or more.
-//   Two chunks of rows with a sum in float32 would be 34.9 ms and 3.2 GB.
+// In pieces, where the gradient of the weight is wanted and a row fits a cluster of blocks: the
+// logits' gradient is kept for all rows, so that each row of the weight's gradient is one product,
+// rounded once and written once. About half of it lies in the weight's gradient itself
+// (linear_cross_entropy_plan.cpp), the rest in `piece_bytes` at most. Only the input's gradient is
+// a sum of products, one for each of at most four pieces, in float32, some rows at a time.
+//   N = 8192, H = 4096, C = 128256, bfloat16, beside inputs and gradients: 2.101 GB of logits,
+//   1.121 GB of them outside the weight's gradient; 0.034 GB for the sum: 1.155 GB.
+//   At 790 TFLOP/s and 4.3 TB/s: products 32.7 ms; the loss, 2 N C b, 0.98 ms; the sum, 50 N H,
+//   0.39 ms, or next to nothing where 0.034 GB stay in the cache: 33.7 to 34.1 ms. The whole logits
+//   in 2.1 GB would take 33.7 ms, two chunks of rows 36.9 ms and 2.2 GB; for 33.5 ms the products
+//   themselves must come out at 795 TFLOP/s.
 //
 // By classes, where the stats are there (backward of "none", and of what came without gradients):
-// logits once more, all rows of some classes in `chunk_bytes`, so that each row of the weight's
-// gradient is one product; 4 N H bytes more for the input's. A fourth product: 10.9 ms there, and
-// the least memory.
+// the logits once more, all rows of some classes in `chunk_bytes`, so that each row of the weight's
+// gradient is one product here, too; 4 N H bytes for the input's sum. The least memory, 0.69 GB
+// there; with the forward four products, and N C b more for the loss: 11 ms more than in pieces.
 #pragma once
 
 #include "cuda/linear_cross_entropy_products.h"
@@ -156,7 +154,6 @@ class LinearCrossEntropyCall {
     std::vector<Tensor> logits;
     Pieces places{};
     places.count = static_cast<int>(count);
-    places.begin[count] = classes;
     for (int64_t i = 0; i < count; ++i) {
       const int64_t begin = pieces.begin[i], width = pieces.begin[i + 1] - begin;
       if (begin < classes - pieces.outside) {
@@ -168,11 +165,11 @@ class LinearCrossEntropyCall {
         logits.push_back(as_strided(outside, {rows, width}, {stride, 1}));
       }
       logits_into(logits[i], problem_, problem_.input, begin);
-      places.begin[i] = begin;
-      places.data[i] = logits[i].mutable_data_ptr();
-      places.row_stride[i] = logits[i].stride(0);
+      places.begin[i] = static_cast<int>(begin);
+      places.data[i] = advanced(logits[i].mutable_data_ptr(), -begin * bytes_);
+      places.row_stride[i] = static_cast<int>(logits[i].stride(0));
     }
-    loss.args.gradient = places.data[0];
+    loss.args.gradient = logits[0].mutable_data_ptr();
     STD_CUDA_CHECK(
         launch_cross_entropy_pieces(loss.args, places, loss.dtype(), plan, loss.stream()));
     const int64_t block = InputSum::rows_at_once(problem_, loss.dtype());
