@@ -170,7 +170,9 @@ __device__ inline GradientScale<acc_type<scalar_t>> gradient_scale(
     }
   }
   if (args.grad_output) {
-    g *= to_acc(static_cast<const scalar_t*>(args.grad_output)[position * args.grad_output_stride]);
+    const int64_t at = position * args.grad_output_stride;
+    g *= args.wide ? static_cast<const acc_type<scalar_t>*>(args.grad_output)[at]
+                   : to_acc(static_cast<const scalar_t*>(args.grad_output)[at]);
   }
   return {base_of(sums.max), g * (target.weight + sums.mass) / sums.sum, g, target.weight * g};
 }

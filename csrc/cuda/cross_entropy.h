@@ -60,7 +60,8 @@ struct CrossEntropyArgs {
 
   void* gradient;  // scalar, null where none is wanted; may be the input
   Strides gradient_strides;
-  const void* grad_output;  // scalar, or null
+  bool wide;                // the loss and grad_output are acc, not scalar
+  const void* grad_output;  // or null
   int64_t grad_output_stride;
   Number gradient_scale;  // g is the product of this,
   const Mean* mean;       // its inverse where not null, and grad_output

@@ -155,10 +155,10 @@ class CrossEntropyCall {
     return mass;
   }
 
-  // The sum, or the mean, of all losses (args.losses), in input's dtype.
+  // The sum, or the mean, of all losses (args.losses).
   Tensor total(Reduction reduction) const {
     const bool mean = reduction == Reduction::kMean;
-    const Tensor result = empty_like(input_, {});
+    const Tensor result = empty_like(input_, {}, args.wide ? acc_dtype() : dtype_code(input_));
     const Workspace partial(input_, 2 * partial_sums(args.positions));
     const double mass = args.indices ? -1.0 : static_cast<double>(args.positions);
     STD_CUDA_CHECK(launch_loss_total(args, dtype_, mean, mass, partial.data(),

@@ -19,7 +19,7 @@ struct Totals {
 // What becomes of the totals: one of the two is not null.
 struct Result {
   Mean* mean;
-  void* loss;  // scalar
+  void* loss;  // acc where args.wide, else scalar
   bool divides;
   double mass;  // what the loss is divided by; negative: the weight of the targets
 };
@@ -52,7 +52,12 @@ __device__ inline void finish(const CrossEntropyArgs& args, const Result& result
     const double known = args.mean ? args.mean->mass : result.mass;
     loss = over(loss, known < 0 ? totals.mass : known);
   }
-  *static_cast<scalar_t*>(result.loss) = from_acc<scalar_t>(static_cast<acc_type<scalar_t>>(loss));
+  const auto value = static_cast<acc_type<scalar_t>>(loss);
+  if (args.wide) {
+    *static_cast<acc_type<scalar_t>*>(result.loss) = value;
+  } else {
+    *static_cast<scalar_t*>(result.loss) = from_acc<scalar_t>(value);
+  }
 }
 
 template <typename scalar_t>

@@ -26,6 +26,9 @@ Problem checked(const LinearCrossEntropyLimits& limits, const Tensor& input,
   if (weight) check_memory(kOp, input, {{"weight", &*weight}});
   const auto shape = check_linear_cross_entropy(input, linear_weight, target, linear_bias, weight,
                                                 reduction, label_smoothing);
+  TORCHEXT_CHECK(!weight || weight->scalar_type() == input.scalar_type(), kOp,
+                 ": expected weight of input's dtype (", dtype_string(input), ") on CUDA, but got ",
+                 dtype_string(*weight));
   return {
       for_products(input), for_products(linear_weight), target, linear_bias, weight, shape, limits};
 }
@@ -49,16 +52,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> linear_cross_entropy_forward_
   const Tensor stats = call.loss.new_stats();
   args.stats = stats.mutable_data_ptr();
   if (static_cast<Reduction>(reduction) == Reduction::kMean && gradients.any) call.loss.average();
-  Tensor values, losses;
-  if (reduction == 0) {
-    values = empty_like(input, {problem.shape.rows});
-    args.loss_values = values.mutable_data_ptr();
-  } else {
-    losses = empty_like(input, {problem.shape.rows}, call.loss.acc_dtype());
-    args.losses = losses.mutable_data_ptr();
-  }
+  const Tensor losses = empty_like(input, {problem.shape.rows}, call.loss.acc_dtype());
+  args.losses = losses.mutable_data_ptr();
+  args.wide = true;
   call.forward();
-  const Tensor loss = reduction == 0 ? values : call.loss.total(static_cast<Reduction>(reduction));
+  const Tensor loss = reduction == 0 ? losses : call.loss.total(static_cast<Reduction>(reduction));
   return {loss, stats, gradients.input, gradients.linear_weight, gradients.linear_bias};
 }
 
@@ -75,9 +73,10 @@ std::tuple<Tensor, Tensor, Tensor> linear_cross_entropy_backward_within(
   check_memory("linear_cross_entropy_backward", input,
                {{"grad_output", &grad_output}, {"stats", &stats}});
   const int64_t wanted = reduction == 0 ? rows : 1;
-  TORCHEXT_CHECK(grad_output.numel() == wanted && grad_output.scalar_type() == input.scalar_type(),
+  const ScalarType wide = accumulation_dtype(input.scalar_type());
+  TORCHEXT_CHECK(grad_output.numel() == wanted && grad_output.scalar_type() == wide,
                  "linear_cross_entropy_backward: expected grad_output of ", wanted,
-                 " elements of dtype ", dtype_string(input), ", but got shape ",
+                 " elements of dtype ", torch::headeronly::toString(wide), ", but got shape ",
                  shape_string(grad_output), " and dtype ", dtype_string(grad_output));
   const Gradients gradients(problem, input_grad, linear_weight_grad, linear_bias_grad);
   LinearCrossEntropyCall call(problem, gradients, ignore_index, label_smoothing);
@@ -87,6 +86,7 @@ std::tuple<Tensor, Tensor, Tensor> linear_cross_entropy_backward_within(
                  "], but got shape ", shape_string(stats), " and dtype ", dtype_string(stats));
   const Tensor grad = as_contiguous(grad_output);
   CrossEntropyArgs& args = call.loss.args;
+  args.wide = true;
   args.grad_output = grad.const_data_ptr();
   args.grad_output_stride = reduction == 0 ? 1 : 0;
   args.stats = const_cast<void*>(stats.const_data_ptr());

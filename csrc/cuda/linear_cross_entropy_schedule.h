@@ -82,7 +82,7 @@ class LinearCrossEntropyCall {
   int64_t row_bytes() const { return up(problem_.shape.classes, kAlign) * bytes_; }
 
   void by_rows(bool from_stats) {
-    const auto& [rows, features, classes, probabilities] = problem_.shape;
+    const int64_t rows = problem_.shape.rows, classes = problem_.shape.classes;
     if (rows == 0) return;
     const int64_t stride = up(classes, kAlign);
     int64_t chunk = rows;
@@ -132,8 +132,7 @@ class LinearCrossEntropyCall {
     args.indices = advanced(args.indices, first * args.index_bytes);
     args.probabilities =
         advanced(args.probabilities, first * args.probability_strides.outer * bytes_);
-    args.grad_output = advanced(args.grad_output, first * args.grad_output_stride * bytes_);
-    args.loss_values = advanced(args.loss_values, first * bytes_);
+    args.grad_output = advanced(args.grad_output, first * args.grad_output_stride * acc_bytes);
     args.losses = advanced(args.losses, first * acc_bytes);
     args.stats = advanced(args.stats, first * acc_bytes);
   }
@@ -148,7 +147,8 @@ class LinearCrossEntropyCall {
   }
 
   void in_pieces(const RowPlan& plan, const PiecePlan& pieces) {
-    const auto& [rows, features, classes, probabilities] = problem_.shape;
+    const int64_t rows = problem_.shape.rows, features = problem_.shape.features,
+                  classes = problem_.shape.classes;
     const int64_t count = static_cast<int64_t>(pieces.begin.size()) - 1;
     Tensor outside;
     std::vector<Tensor> logits;
@@ -192,7 +192,7 @@ class LinearCrossEntropyCall {
   }
 
   void by_classes() {
-    const auto& [rows, features, classes, probabilities] = problem_.shape;
+    const int64_t rows = problem_.shape.rows, classes = problem_.shape.classes;
     const int64_t fit = down(problem_.limits.chunk_bytes / (rows * bytes_), kAlign);
     const int64_t step = std::min(classes, std::max(fit, kLeastClasses));
     const int64_t parts = ceil_div(classes, step);
