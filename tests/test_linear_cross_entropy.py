@@ -112,6 +112,28 @@ def test_chunks_of_rows_give_what_one_chunk_gives():
             torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-12)
 
 
+@pytest.mark.parametrize("reduction", ["sum", "none"])
+def test_narrow_gradients_of_many_chunks_are_rounded_once(reduction):
+    # 131,072 classes: 256 rows a chunk, and so 16 of them.
+    rows, classes = 4096, 131072
+    input = torch.rand(rows, 2).bfloat16()
+    linear_weight = torch.randn(classes, 2).bfloat16()
+    target = torch.randint(0, classes, (rows,))
+    exact, narrow = torch.zeros(2, classes), torch.zeros(2, classes).bfloat16()
+    for x, t in zip(input.split(256), target.split(256), strict=True):
+        softmax = (x @ linear_weight.t()).float().softmax(1)
+        softmax[torch.arange(256), t] -= 1
+        part = x.t().float() @ softmax
+        exact += part
+        narrow += part.bfloat16()
+    leaf = linear_weight.requires_grad_()
+    loss = torchext.linear_cross_entropy(input, leaf, target, reduction=reduction)
+    (grad,) = torch.autograd.grad(loss, leaf, torch.ones_like(loss))
+    limit = 1.3 * (exact.bfloat16() - exact).norm()
+    assert (grad.t() - exact).norm() <= limit
+    assert (narrow - exact).norm() > limit  # a sum in bfloat16 would be seen
+
+
 def test_only_the_gradients_asked_for_and_twice_the_same():
     input = torch.randn(20, 6, requires_grad=True)
     linear_weight = torch.randn(9, 6)

@@ -6,6 +6,7 @@
 #include "cpu/cross_entropy_call.h"
 #include "cpu/gemm.h"
 #include "cpu/narrow_head.h"
+#include "cpu/wide_sum.h"
 
 namespace torchext {
 namespace {
@@ -163,10 +164,14 @@ class Products {
                               problem_.linear_weight);
     }
     if (const Tensor& gradient = gradients_.linear_weight; gradient.numel() > 0) {
+      constexpr bool kNarrow = !std::is_same_v<scalar_t, acc_t>;
       cpu::Also also;
-      also.accumulate = first > 0;
+      also.accumulate = !kNarrow && first > 0;
       cpu::multiply<scalar_t>(gradient, cpu::transposed(logits),
                               cpu::rows_of(problem_.input, first, rows), also);
+      if constexpr (kNarrow) {
+        weight_sum_.add(gradient, first == 0, first + rows == problem_.shape.rows);
+      }
     }
     if (bias_sums_.empty()) return;
     add_column_sums<scalar_t>(data_of(logits), rows, problem_.columns(), bias_sums_.data());
@@ -184,6 +189,7 @@ class Products {
   const Problem& problem_;
   Gradients& gradients_;
   std::vector<acc_t> bias_sums_;
+  cpu::WideSum<scalar_t> weight_sum_;  // of narrow chunks
   std::optional<Head> head_;
 };
 
