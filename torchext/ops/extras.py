@@ -109,9 +109,9 @@ def cross_entropy(
     class_dim = 0 if logits.dim() <= 1 else 1
     lse = None
     if extras.z_loss != 0 or extras.return_lse:
-        # In float32 at the least: it is a sum over all classes.
-        low = logits.dtype in (torch.bfloat16, torch.float16)
-        lse = torch.logsumexp(logits.float() if low else logits, class_dim)
+        from torchext.ops.extras_lse import log_sum_exp  # made of what is here
+
+        lse = log_sum_exp(logits)
     options = (label_smoothing,)
     if extras.z_loss == 0:
         loss = mean_or(

@@ -278,8 +278,9 @@ class Targets:
 
 
 def log_sum(stats: Tensor) -> Tensor:
-    """Returns the log-sum-exp from maxima and sums."""
-    return stats[0] + stats[1].log()
+    """Returns the log-sum-exp from maxima and sums, which are NaN where a maximum is infinite."""
+    largest, total = stats
+    return torch.where(largest.isinf(), largest, largest + total.log())
 
 
 def transformed(z: Tensor, extras: Extras, factor: Tensor | None = None) -> Tensor:
