@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from torchext.ops.cross_entropy import cross_entropy, scripted
+from torchext.ops.cross_entropy import cross_entropy
 from torchext.ops.extras import NONE, Extras
 
 
@@ -63,7 +63,7 @@ class CrossEntropyLoss(nn.CrossEntropyLoss):
         if torch.jit.is_scripting():  # type: ignore[attr-defined]
             if not self.plain:
                 raise RuntimeError("CrossEntropyLoss: TorchScript has no extras")
-            return scripted(
+            return _scripted(
                 input,
                 target,
                 self.weight,
@@ -85,3 +85,22 @@ class CrossEntropyLoss(nn.CrossEntropyLoss):
             inplace_backward=self.inplace_backward,
             **self.extras,
         )
+
+
+def _scripted(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    ignore_index: int,
+    reduction: str,
+    label_smoothing: float,
+) -> Tensor:
+    """The call as TorchScript takes it (no keyword-only arguments)."""
+    code = 1
+    if reduction == "none":
+        code = 0
+    elif reduction == "sum":
+        code = 2
+    return torch.ops.torchext.cross_entropy_forward(  # type: ignore[no-any-return]
+        input, target, weight, code, ignore_index, label_smoothing, False
+    )[0]

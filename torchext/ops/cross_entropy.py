@@ -148,25 +148,6 @@ def cross_entropy(
     )
 
 
-def scripted(
-    input: Tensor,
-    target: Tensor,
-    weight: Tensor | None,
-    ignore_index: int,
-    reduction: str,
-    label_smoothing: float,
-) -> Tensor:
-    """The call as TorchScript takes it (no keyword-only arguments), for the module."""
-    code = 1
-    if reduction == "none":
-        code = 0
-    elif reduction == "sum":
-        code = 2
-    return torch.ops.torchext.cross_entropy_forward(  # type: ignore[no-any-return]
-        input, target, weight, code, ignore_index, label_smoothing, False
-    )[0]
-
-
 def _attempt(
     input: Tensor,
     target: Tensor,
