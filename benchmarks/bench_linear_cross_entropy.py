@@ -14,7 +14,7 @@ from benchmarks.providers import PlainTask, Provider, Task
 from torchext import reference
 
 # (rows, features, classes)
-_SMALL, _MIDDLE, _BASE = (128, 64, 1000), (512, 256, 8000), (1024, 512, 16000)
+_SMALL, _MIDDLE, _BASE = (128, 64, 1000), (512, 256, 8000), (1024, 512, 32000)
 _LARGE = (2048, 512, 32000)
 _GPU_HEAD = (4096, 128256)
 
@@ -34,9 +34,8 @@ class LinearCrossEntropy(Op):
         if device != "cpu":
             rows = (2048, 4096, 8192) if full else (8192,)
             return [Case(self.name, (count, *_GPU_HEAD), "bfloat16") for count in rows]
-        cases = [Case(self.name, shape) for shape in (_SMALL, _MIDDLE, _BASE)]
+        cases = [Case(self.name, shape) for shape in (_SMALL, _MIDDLE, _BASE, _LARGE)]
         if full:
-            cases.append(Case(self.name, _LARGE))
             cases.append(Case(self.name, _LARGE, direction="fwd"))
             cases.append(Case(self.name, _BASE, "bfloat16"))
             cases.append(Case(self.name, _MIDDLE, options=(("reduction", "none"),)))
@@ -48,8 +47,7 @@ class LinearCrossEntropy(Op):
             classes = (8000, 32000, _GPU_HEAD[1])
             return [Case(self.name, (8192, _GPU_HEAD[0], count), "bfloat16") for count in classes]
         classes = (2000, 8000, 32000, 128000) if full else (2000, 8000, 32000)
-        rows, features = (2048, 512) if full else (1024, 256)
-        return [Case(self.name, (rows, features, count)) for count in classes]
+        return [Case(self.name, (*_LARGE[:2], count)) for count in classes]
 
     def tiny(self) -> Case:
         return Case(self.name, (1, 8, 8))

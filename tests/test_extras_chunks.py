@@ -272,7 +272,7 @@ def test_transforms_take_the_definition() -> None:
         ({"target": [0, 1, 2]}, TypeError),
         ({"input": torch.randn(1, 3, 4), "target": torch.zeros(3, 1).long()}, RuntimeError),
     ],
-    ids=str,
+    ids=lambda value: " ".join(value) if isinstance(value, dict) else value.__name__,
 )
 def test_what_is_wrong_is_refused(change: dict[str, Any], error: type[Exception]) -> None:
     call: dict[str, Any] = {
