@@ -114,7 +114,7 @@ def test_resume_with_nothing_left(train, tmp_path):
     ("options", "message"),
     [
         ("--batch-size 16", r"--batch-size 16: .* was trained with 32, and only --epochs"),
-        ("--lr 0.2", r"--lr 0.2: .* was trained with 0.05"),
+        ("--lr 0.2", r"--lr 0.2: .* was trained with 0.02"),
         ("--momentum 0", r"--momentum 0.0: .* was trained with 0.9"),
         ("--seed 1", r"--seed 1: .* was trained with 0"),
         ("--model fused", r"--model fused: .* was trained with stock"),

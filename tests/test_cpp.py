@@ -84,8 +84,8 @@ def test_no_python_in_the_process(unit, programs):
         # Not every setting: with a large learning rate training is chaotic, and a hidden unit that
         # is 0 but for rounding goes one way or the other.
         "--data digits --batch-size 100",  # the defaults: 30 epochs
-        "--seed 1",
-        "--data digits --batch-size 100 --epochs 30 --lr 0.03 --seed 3",
+        "--seed 1 --epochs 15",
+        "--data digits --batch-size 100 --epochs 30 --lr 0.01 --seed 3",
         "--epochs 8 --lr 0.1 --momentum 0",
         "--epochs 3 --batch-size 1",
         "--epochs 3 --batch-size 4096 --seed 4294967295",

@@ -23,7 +23,7 @@ struct Settings {
   std::string data = "digits";
   int64_t epochs = 30;
   int64_t batch_size = 100;
-  double lr = 0.05;
+  double lr = 0.02;
   double momentum = 0.9;
   int64_t seed = 0;
   std::string out = "runs/train-cpp";

@@ -43,7 +43,7 @@ class Settings:
     data: str = "digits"
     epochs: int = 30
     batch_size: int = 100
-    lr: float = 0.05
+    lr: float = 0.02
     momentum: float = 0.9
     seed: int = 0
     out: str = "runs/train"
