@@ -46,7 +46,9 @@ SUITES = {
     "test_cross_entropy.py": ["--backend", "triton", "--sample", "6"],
     # The second derivatives are the stock ops'.
     "test_cross_entropy_autograd.py": ["--backend", "triton", "-k", "not second and not gradcheck"],
+    "test_linear_cross_entropy_backends.py": ["--backend", "triton", "--sample", "8"],
     "triton_interpreted.py": [],
+    "triton_interpreted_linear_cross_entropy.py": [],
 }
 
 
@@ -127,7 +129,7 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 def test_auto_without_a_measurement() -> None:
-    for op in ("linear_relu", "cross_entropy"):
+    for op in ("linear_relu", "cross_entropy", "linear_cross_entropy"):
         rest = [row for row in _choice.MEASURED if row.op != op]
         if len(rest) < len(_choice.MEASURED):
             continue

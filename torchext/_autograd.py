@@ -106,7 +106,8 @@ def scaled(gradients: Sequence[Tensor], grad_loss: Tensor, owned: bool) -> tuple
     if (
         not owned
         or keeps_graph()
-        or not _backend.ordinary(any_backend=True)  # a tracer must not see the value
+        # A tracer must not see the value; autocast has no say in a product.
+        or not _backend.ordinary(any_backend=True, autocast=True)
     ):
         return tuple(gradient * grad_loss for gradient in gradients)
     if not grad_loss.is_cpu or _triton.interpreted:  # its value is the device's own
@@ -116,6 +117,26 @@ def scaled(gradients: Sequence[Tensor], grad_loss: Tensor, owned: bool) -> tuple
         for gradient in gradients:
             gradient.mul_(grad_loss)
     return tuple(gradients)
+
+
+def came(wanted: Sequence[bool], needed: Sequence[bool]) -> bool:
+    """Whether forward made every gradient of three that backward needs."""
+    return (
+        (wanted[0] or not needed[0])
+        and (wanted[1] or not needed[1])
+        and (wanted[2] or not needed[2])
+    )
+
+
+def exact(dtype: torch.dtype, grad_loss: Tensor) -> bool:
+    """Whether gradients of a dtype may be multiplied by the loss's: bfloat16 is rounded twice.
+
+    By a power of two it is not. On a GPU it may be: to look at the factor is to wait for it.
+    """
+    if dtype is not torch.bfloat16 or not grad_loss.is_cpu:
+        return True
+    look = _backend.ordinary(any_backend=True, autocast=True)
+    return look and abs(math.frexp(grad_loss.item())[0]) in (0.5, 0.0)
 
 
 def plain_backward(ctx: Any, grad_output: Tensor) -> bool:
@@ -150,11 +171,6 @@ def wants_reference(grad_output: Tensor) -> bool:
         or forward_ad._current_level >= 0
         or _is_batched(grad_output)  # is_grads_batched
     )
-
-
-def power_of_two(grad_loss: Tensor) -> bool:
-    """Whether multiplying by the loss's gradient, a scalar, rounds nothing. Reads its value."""
-    return abs(math.frexp(grad_loss.item())[0]) in (0.5, 0.0)
 
 
 def reference_gradients(

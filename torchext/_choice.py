@@ -17,7 +17,8 @@ class Measured(NamedTuple):
 
     op: str
     work: int
-    """linear_relu: multiplications (rows x in_features x out_features); cross_entropy: logits."""
+    """linear_relu and linear_cross_entropy: the forward product's multiplications (rows x
+    in_features x out_features); cross_entropy: logits."""
     backend: str
     machine: str
     """Where it was measured."""

@@ -26,7 +26,7 @@ from torch._ops import OpOverload
 
 from torchext import _native
 
-_MODULES = {"linear_relu": "linear_relu", "cross_entropy": "cross_entropy"}
+_MODULES = {name: name for name in ("linear_relu", "cross_entropy", "linear_cross_entropy")}
 SCHEMAS = {
     "linear_relu_forward": "(Tensor input, Tensor weight, Tensor? bias) -> Tensor",
     "linear_relu_backward": (
@@ -45,6 +45,18 @@ SCHEMAS = {
     "cross_entropy_backward": (
         "(Tensor grad_output, Tensor input, Tensor target, Tensor? weight, Tensor stats, "
         "int reduction, int ignore_index, float label_smoothing) -> Tensor"
+    ),
+    "linear_cross_entropy_forward": (
+        "(Tensor input, Tensor linear_weight, Tensor target, Tensor? linear_bias, Tensor? weight, "
+        "int reduction, int ignore_index, float label_smoothing, bool input_grad, "
+        "bool linear_weight_grad, bool linear_bias_grad) -> (Tensor loss, Tensor stats, "
+        "Tensor grad_input, Tensor grad_linear_weight, Tensor grad_linear_bias)"
+    ),
+    "linear_cross_entropy_backward": (
+        "(Tensor grad_output, Tensor input, Tensor linear_weight, Tensor target, "
+        "Tensor? linear_bias, Tensor? weight, Tensor stats, int reduction, int ignore_index, "
+        "float label_smoothing, bool input_grad, bool linear_weight_grad, bool linear_bias_grad) "
+        "-> (Tensor, Tensor, Tensor)"
     ),
 }
 """Those of csrc/ops, which a test holds them to."""

@@ -35,6 +35,8 @@ __all__ = [
     "cross_entropy_forward_",
     "one_pass",
     "scale_",
+    "write_gradient",
+    "write_losses",
 ]
 
 SLICE = 8192
@@ -169,6 +171,28 @@ def _mean_scale(call: Call, reduction: int) -> Tensor | None:
     return scale
 
 
+def write_losses(call: Call, losses: Tensor, stats: Tensor | None, scale: Tensor | None) -> None:
+    """Writes losses and statistics; with `call.gradient`, that of `scale` times their sum too."""
+    if call.resident:
+        _rows(call, losses, stats, None, scale)
+        return
+    if stats is None:
+        stats = call.input.new_empty((2, call.positions), dtype=call.acc)
+    _statistics(call, losses, stats)
+    if call.gradient is not None:
+        _gradient(call, stats, None, scale)
+
+
+def write_gradient(
+    call: Call, stats: Tensor, grad_output: Tensor | None, scale: Tensor | None
+) -> None:
+    """Writes `call.gradient` from the statistics, times `grad_output` and `scale`."""
+    if call.resident:
+        _rows(call, None, stats, grad_output, scale)
+    else:
+        _gradient(call, stats, grad_output, scale)
+
+
 def _forward(call: Call, shape: torch.Size, reduction: int, stats: Tensor | None) -> Tensor:
     """The loss; with `call.gradient`, the gradient of its sum or mean too."""
     input = call.input
@@ -176,14 +200,7 @@ def _forward(call: Call, shape: torch.Size, reduction: int, stats: Tensor | None
         (call.positions,), dtype=input.dtype if reduction == _NONE else call.acc
     )
     scale = _mean_scale(call, reduction) if call.gradient is not None else None
-    if call.resident:
-        _rows(call, losses, stats, None, scale)
-    else:
-        if stats is None:
-            stats = input.new_empty((2, call.positions), dtype=call.acc)
-        _statistics(call, losses, stats)
-        if call.gradient is not None:
-            _gradient(call, stats, None, scale)
+    write_losses(call, losses, stats, scale)
     if reduction == _NONE:
         return losses.view(shape[:1] + shape[2:] if len(shape) > 1 else ())
     loss = input.new_empty(())
@@ -298,8 +315,5 @@ def cross_entropy_backward(
     else:
         grad_output = grad_output.reshape(())
     grad_output = grad_output.contiguous()
-    if call.resident:
-        _rows(call, None, stats, grad_output, scale)
-    else:
-        _gradient(call, stats, grad_output, scale)
+    write_gradient(call, stats, grad_output, scale)
     return gradient

@@ -9,8 +9,8 @@ import triton.language as tl
 from torch import Tensor
 from torchext.triton_kernels.common import WIDE, Strides, accumulator, class_strides, refuse
 
-_INDICES = frozenset({torch.int64, torch.int32, torch.uint8})
-_FLOATING = frozenset({torch.float32, torch.float64, torch.bfloat16, torch.float16})
+INDICES = frozenset({torch.int64, torch.int32, torch.uint8})
+FLOATING = frozenset({torch.float32, torch.float64, torch.bfloat16, torch.float16})
 RESIDENT = {torch.float64: 4096}
 """Classes up to which a row stays in registers; float32 and narrower: `RESIDENT_NARROW`."""
 RESIDENT_NARROW = 16384
@@ -70,10 +70,10 @@ class Call(NamedTuple):
 
 def _served(input: Tensor, target: Tensor, weight: Tensor | None, reduction: int) -> bool:
     """The conditions of csrc/ops/cross_entropy.h, whose words `refuse` gets."""
-    if input.dim() < 1 or input.dtype not in _FLOATING or reduction not in (0, 1, 2):
+    if input.dim() < 1 or input.dtype not in FLOATING or reduction not in (0, 1, 2):
         return False
     classes = input.shape[min(input.dim() - 1, 1)]
-    if target.dtype in _INDICES:
+    if target.dtype in INDICES:
         if input.dim() == 1:
             if target.numel() != 1 or target.dim() > 1 or (target.dim() == 1 and classes == 1):
                 return False
@@ -90,22 +90,29 @@ def _served(input: Tensor, target: Tensor, weight: Tensor | None, reduction: int
 def check(operator: str, arguments: tuple[Any, ...], call: tuple[Any, ...]) -> None:
     """Refuses what no kernel takes; where the host may look, classes that do not exist too."""
     input, target, weight, reduction, ignore_index, label_smoothing = call
-    indexed = target.dtype in _INDICES
+    indexed = target.dtype in INDICES
     if (
         not _served(input, target, weight, reduction)
         or label_smoothing > 1.0
         or not (indexed or ignore_index < 0)
     ):
         refuse(lambda: getattr(torch.ops.torchext, operator).default, "cross_entropy", arguments)
-    if indexed and target.is_cpu:
+    if indexed:
         classes = input.shape[min(input.dim() - 1, 1)]
-        index = target.long()
-        wrong = ((index < 0) | (index >= classes)) & (index != ignore_index)
-        if wrong.any():
-            raise IndexError(
-                f"cross_entropy: expected target in [0, {classes}) or ignore_index "
-                f"({ignore_index}), but got: Target {int(index[wrong][0])} is out of bounds."
-            )
+        check_classes("cross_entropy", target, classes, ignore_index)
+
+
+def check_classes(op: str, target: Tensor, classes: int, ignore_index: int) -> None:
+    """Refuses classes that do not exist, where the host may look without waiting for a device."""
+    if not target.is_cpu:
+        return
+    index = target.long()
+    wrong = ((index < 0) | (index >= classes)) & (index != ignore_index)
+    if wrong.any():
+        raise IndexError(
+            f"{op}: expected target in [0, {classes}) or ignore_index "
+            f"({ignore_index}), but got: Target {int(index[wrong][0])} is out of bounds."
+        )
 
 
 def walk(
@@ -132,7 +139,7 @@ def walk(
     assert strides is not None
     found = [strides]
     probabilities = None
-    if target.dtype not in _INDICES:
+    if target.dtype not in INDICES:
         probabilities = target
         if (other := class_strides(probabilities)) is None:
             probabilities = probabilities.contiguous()

@@ -248,7 +248,7 @@ class _Function(torch.autograd.Function):
             tensors = (input, linear_weight, linear_bias)
             found = _autograd.reference_gradients(definition, tensors, needed, tuple(upstream))
             return (*found, *nothing)
-        if ctx.at_once and grad_loss is not None and _exact(input.dtype, grad_loss):
+        if ctx.at_once and grad_loss is not None and _autograd.exact(input.dtype, grad_loss):
             wanted = [grad for grad in grads if grad is not None]
             scaled = iter(_autograd.scaled(wanted, grad_loss, ctx.owned))
             return (*(None if grad is None else next(scaled) for grad in grads), *nothing)
@@ -270,13 +270,6 @@ class _Function(torch.autograd.Function):
             z = transformed(source.logits(begin, end), options.extras, factor)
             _gradient(source, targets, z, stats, of_loss, of_lse, begin, end)
         return (*source.gradients(), *nothing)
-
-
-def _exact(dtype: torch.dtype, grad_loss: Tensor) -> bool:
-    """Whether gradients may be multiplied by that of the loss: bfloat16 would be rounded twice."""
-    return dtype is not torch.bfloat16 or (
-        _backend.ordinary(any_backend=True, autocast=True) and _autograd.power_of_two(grad_loss)
-    )
 
 
 def defined(

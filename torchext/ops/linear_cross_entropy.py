@@ -7,12 +7,12 @@ The kernel walks chunks of rows: a chunk's logits, their loss, and in their plac
 which goes into the gradients of input and linear_weight at once. Backward multiplies those by that
 of the loss. For reduction "none", and where that would round twice, it makes the logits again.
 
-Siblings: {csrc/{ops,cpu},torchext/nn}/linear_cross_entropy.*, tests/test_linear_cross_entropy.py
+Siblings: {csrc/{ops,cpu},torchext/nn,triton_kernels,tests}/*linear_cross_entropy*.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -21,7 +21,7 @@ from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from torchext import _autograd, _backend, _errors, _native, reference
 from torchext.ops import extras as with_extras
-from torchext.ops import extras_autograd
+from torchext.ops import extras_autograd, linear_cross_entropy_triton
 from torchext.ops import linear_cross_entropy_fake as fakes
 from torchext.ops.cross_entropy_fake import REDUCTIONS
 from torchext.ops.extras import Extras
@@ -55,13 +55,14 @@ def linear_cross_entropy(
 
     The same as ``F.cross_entropy(F.linear(input, linear_weight, linear_bias), target, ...)``, and
     as torch 2.13's ``F.linear_cross_entropy``, but for memory: beside the gradients it needs one
-    buffer of at most 64 MiB (or of 256 rows of logits, where those are more).
+    buffer of at most 64 MiB (or of 256 rows of logits, where those are more); on a GPU 128 MiB, and
+    for 16-bit dtypes float32 sums of linear_weight's gradient.
 
-    float32, float64, bfloat16 and float16 on the CPU run on the fused kernel, with class indices
-    and probabilities, class weights, label smoothing, every reduction and K-dimensional weights,
-    and under autocast. The extras walk chunks of rows, too, by the cross_entropy kernels of the CPU
-    or of CUDA. Anything else (functorch transforms, second derivatives, compiled extras) runs as
-    the two stock ops, on the whole logits.
+    float32, float64, bfloat16 and float16 run on the fused kernels, on the CPU or by Triton, with
+    class indices and probabilities, class weights, label smoothing and every reduction, also under
+    autocast; on the CPU with K-dimensional weights, too. The extras walk chunks of rows as well, by
+    the cross_entropy kernels of the CPU or of CUDA. Anything else (functorch transforms, second
+    derivatives, compiled extras) runs as the two stock ops, on the whole logits.
 
     Args:
         input: the features.
@@ -147,18 +148,19 @@ def _linear_cross_entropy(
     narrow = None if ordinary else _backend.autocast_dtype(input)
     if narrow is not None:
         tensors, ordinary = cast_by_autocast(narrow, *tensors), _backend.ordinary(autocast=True)
+    ordinary = ordinary and input.is_cpu  # past the dispatcher
     if (
         (ignore_index is not None and target.dtype not in INDICES)
         or (weight is not None and weight.dtype != input.dtype and narrow is None)
         or not fit(*tensors[:4])
-        or not _served(ordinary, *tensors)
+        or (place := _place(ordinary, *tensors)) == _backend.EAGER
     ):
         return _unserved(
             narrow, input, linear_weight, target, linear_bias, weight, reduction, ignore_index,
             label_smoothing,
         )  # fmt: skip
     ignored = -100 if ignore_index is None else ignore_index
-    loss = _fused(ordinary, *tensors, _CODES[reduction], ignored, label_smoothing)
+    loss = _fused(place, ordinary, *tensors, _CODES[reduction], ignored, label_smoothing)
     # As wide as the sums, which under autocast is the loss's own dtype.
     return loss if loss.dtype is input.dtype or narrow is not None else loss.to(input.dtype)
 
@@ -175,6 +177,7 @@ def _unserved(narrow: torch.dtype | None, *arguments: Any) -> Tensor:
 
 
 def _fused(
+    place: int,
     ordinary: bool,
     input: Tensor,
     linear_weight: Tensor,
@@ -206,41 +209,48 @@ def _fused(
         or (linear_bias is not None and linear_bias.requires_grad)
     )
     # See cross_entropy: float16 gradients of a mean would underflow; and bfloat16 ones would be
-    # rounded twice where backward cannot look at what it multiplies them by.
-    at_once = dtype is _FLOAT32 or dtype is _FLOAT64 or (dtype is torch.bfloat16 and ordinary)
+    # rounded twice where backward cannot look at what it multiplies them by (unless that is 1).
+    at_once = dtype is _FLOAT32 or dtype is _FLOAT64
+    at_once = at_once or (dtype is torch.bfloat16 and (ordinary or not input.is_cpu))
     came = _NOTHING
     if differentiate and at_once and code != 0:
         biased = linear_bias is not None and linear_bias.requires_grad
         came = (input.requires_grad, linear_weight.requires_grad, biased)
-    run = _forward_op if not ordinary else _differentiable if differentiate else _kernel
-    result = run(
+    arguments = (
         input, linear_weight, target, linear_bias, weight, code, ignore_index, label_smoothing,
         *came,
     )  # fmt: skip
-    loss: Tensor = result if differentiate and ordinary else result[0]
+    if place == _backend.TRITON:
+        loss = _triton_call(*arguments)
+    elif ordinary and differentiate:
+        loss = _differentiable(*arguments)
+    else:
+        loss = (_kernel if ordinary else _forward_op)(*arguments)[0]
     return loss.reshape(shape) if shape is not None and code == 0 else loss
 
 
-def _served(
+def _place(
     ordinary: bool,
     input: Tensor,
     linear_weight: Tensor,
     target: Tensor,
     linear_bias: Tensor | None,
     weight: Tensor | None,
-) -> bool:
-    """Whether the kernels serve the call, or are the ones to refuse it."""
+) -> int:
+    """Which kernels serve the call, or are the ones to refuse it: see `_backend.route`."""
     if weight is not None and weight.requires_grad:
-        return False
+        return _backend.EAGER
     if target.requires_grad or (target.dtype not in INDICES and target.dtype != input.dtype):
-        return False
+        return _backend.EAGER
     if not ordinary:
         tensors = (input, linear_weight, target, linear_bias, weight)
-        return _backend.route(*tensors) == _backend.OPERATOR
+        work = input.numel() * linear_weight.shape[:-1].numel()
+        place = _backend.route(*tensors, op="linear_cross_entropy", work=work)
+        inner = linear_weight.dim() > 2
+        return _backend.EAGER if inner and not input.is_cpu else place
     # The kernel itself refuses the other tensors' devices and layouts.
-    return (
+    plain = (
         input.dtype in _FLOATING
-        and input.is_cpu
         and type(input) in _PLAIN
         and type(linear_weight) in _PLAIN
         and type(target) is Tensor
@@ -248,6 +258,7 @@ def _served(
         and (linear_bias is None or (type(linear_bias) in _PLAIN and not linear_bias.is_neg()))
         and (weight is None or (type(weight) in _PLAIN and not weight.is_neg()))
     )
+    return _backend.OPERATOR if plain else _backend.EAGER
 
 
 def _settle(
@@ -319,12 +330,14 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     ctx.save_for_backward(input, linear_weight, target, linear_bias, weight, output[1], *grads)
 
 
-def _backward(ctx: Any, grad_loss: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+def _backward(
+    ctx: Any, grad_loss: Tensor, *_: Tensor | None, kernel: Callable[..., Any] | None = None
+) -> tuple[Tensor | None, ...]:
     needed = ctx.needs_input_grad
     needed = (needed[0], needed[1], needed[3])
-    plain = _autograd.plain_backward(ctx, grad_loss)
+    plain = kernel is None and _autograd.plain_backward(ctx, grad_loss)
     grads = ctx.grads
-    if plain and grads and _came(ctx.wanted, needed) and _exact(grads, grad_loss):
+    if plain and grads and _may_scale(ctx, grads, needed, grad_loss):
         if _autograd.keeps_graph():
             grads = [gradient * grad_loss for gradient in grads]
         else:
@@ -333,13 +346,14 @@ def _backward(ctx: Any, grad_loss: Tensor, *_: Tensor | None) -> tuple[Tensor | 
                 for gradient in grads:
                     gradient.mul_(grad_loss)
     else:
-        grads = _recomputed(ctx, grad_loss, needed, plain)
+        run = kernel or (_backward_kernel if plain else _backward_op)
+        grads = _recomputed(ctx, grad_loss, needed, run)
     first, second, third = _autograd.wanted(grads, needed)
     return first, second, None, third, None, None, None, None, None, None, None
 
 
 def _recomputed(
-    ctx: Any, grad_loss: Tensor, needed: tuple[bool, ...], plain: bool
+    ctx: Any, grad_loss: Tensor, needed: tuple[bool, ...], run: Callable[..., Any]
 ) -> tuple[Tensor | None, ...]:
     """The gradients, from the saved tensors."""
     input, linear_weight, target, linear_bias, weight, stats, *saved = ctx.saved_tensors
@@ -351,29 +365,22 @@ def _recomputed(
         return _autograd.reference_gradients(
             loss, (input, linear_weight, linear_bias), needed, grad_loss
         )
-    if saved and _came(ctx.wanted, needed) and _exact(saved, grad_loss):
-        return _autograd.scaled(saved, grad_loss, False)
-    run = _backward_kernel if plain else _backward_op
+    grad_loss = grad_loss.resolve_neg()
+    saved = saved or ctx.grads
+    if saved and _may_scale(ctx, saved, needed, grad_loss):
+        if not _autograd.keeps_graph():
+            ctx.grads = ()
+        return _autograd.scaled(saved, grad_loss, ctx.owned)
     return run(  # type: ignore[no-any-return]
-        grad_loss.resolve_neg(), input, linear_weight, target, linear_bias, weight, stats,
-        *ctx.options, *needed,
-    )  # fmt: skip
-
-
-def _came(wanted: Sequence[bool], needed: Sequence[bool]) -> bool:
-    """Whether forward made every gradient that backward needs."""
-    return (
-        (wanted[0] or not needed[0])
-        and (wanted[1] or not needed[1])
-        and (wanted[2] or not needed[2])
+        grad_loss, input, linear_weight, target, linear_bias, weight, stats, *ctx.options, *needed
     )
 
 
-def _exact(grads: Sequence[Tensor], grad_loss: Tensor) -> bool:
-    """Whether the gradients may be multiplied by that of the loss: bfloat16 would round twice."""
-    return grads[0].dtype is not torch.bfloat16 or (
-        _backend.ordinary(autocast=True) and _autograd.power_of_two(grad_loss)
-    )
+def _may_scale(
+    ctx: Any, grads: Sequence[Tensor], needed: tuple[bool, ...], grad_loss: Tensor
+) -> bool:
+    """Whether what forward made is every gradient that is needed, and may be multiplied."""
+    return _autograd.came(ctx.wanted, needed) and _autograd.exact(grads[0].dtype, grad_loss)
 
 
 if not _native.cpu_missing:
@@ -384,3 +391,5 @@ if not _native.cpu_missing:
     _kernel = _autograd.kernel(_forward_op)
     _backward_kernel = _autograd.kernel(_backward_op)
     _differentiable = _autograd.define(_forward_op, _setup_context, _backward)
+
+_triton_call = linear_cross_entropy_triton.define(_setup_context, _backward)
