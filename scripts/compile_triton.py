@@ -20,6 +20,8 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,7 +32,13 @@ if importlib.util.find_spec("triton") is None:
 os.environ.pop("TRITON_INTERPRET", None)  # interpreted kernels have no code
 
 import triton
-from torchext.triton_kernels import common, cross_entropy, linear_relu, reductions
+from torchext.triton_kernels import (
+    common,
+    cross_entropy,
+    linear_cross_entropy,
+    linear_relu,
+    reductions,
+)
 from triton.backends.compiler import GPUTarget
 
 # Compute capability, as `sm_` names it, and the bytes of shared memory that a block may have.
@@ -152,6 +160,41 @@ def linear_relu_cases() -> Iterator[Case]:
                 )
 
 
+def linear_cross_entropy_cases() -> Iterator[Case]:
+    """Both schedules; the chunks' kernels are cross_entropy's, in the place of the logits."""
+
+    def call(schedule: str, backward: bool, tensors: tuple[Any, ...], options: Any) -> None:
+        x, target = tensors[0], tensors[2]
+        with linear_cross_entropy.use_schedule(schedule):
+            if not backward:
+                linear_cross_entropy.linear_cross_entropy_forward(*tensors, *options, *[True] * 3)
+                return
+            stats = empty(2, target.shape[0], dtype=F64 if x.dtype is F64 else F32)
+            upstream = empty(*target.shape, dtype=x.dtype)
+            linear_cross_entropy.linear_cross_entropy_backward(
+                upstream, *tensors, stats, 0, *options[1:], *[True] * 3
+            )
+
+    for dtype in (BF16, F32, F64):  # float16 is bfloat16's code but for the type of the product
+        shapes = [(8192, 128, 65536), (8192, 4096, 128256), (300, 70, 1003)]
+        for rows, features, classes in shapes:
+            for smoothing in (0.0, 0.1):
+                plain = smoothing == 0
+                weight = None if plain else empty(classes, dtype=dtype)
+                bias = None if plain else empty(classes, dtype=dtype)
+                x, w = (empty(n, features, dtype=dtype) for n in (rows, classes))
+                tensors = (x, w, empty(rows), bias, weight)
+                for schedule in ("tiles",) if dtype is F64 else ("tiles", "chunks"):
+                    for backward in (False, True):
+                        part = "backward of none" if backward else "forward+gradients"
+                        yield Case(
+                            f"linear_cross_entropy {rows}x{features}x{classes} {dtype} {schedule} "
+                            f"{'' if plain else 'smoothed '}{part}",
+                            partial(call, schedule, backward, tensors, (1, -100, smoothing)),
+                            hot=plain and dtype is not F64 and rows == 8192,
+                        )
+
+
 class Usage(NamedTuple):
     """What ptxas gave a kernel: registers of a thread, bytes and instructions of spills."""
 
@@ -206,7 +249,8 @@ def compile_cases(capability: int, only: str) -> list[str]:
 
     common.launch = compile_instead
     triton.runtime.driver.set_active(Target(capability))
-    for case in [*cross_entropy_cases(), *linear_relu_cases()]:
+    cases = (cross_entropy_cases(), linear_relu_cases(), linear_cross_entropy_cases())
+    for case in chain.from_iterable(cases):
         if only not in case.name:
             continue
         current.clear()

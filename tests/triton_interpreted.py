@@ -14,10 +14,16 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torchext.triton_kernels import common, cross_entropy, cross_entropy_call, linear_relu
+from torchext.triton_kernels import (
+    common,
+    cross_entropy,
+    cross_entropy_call,
+    linear_cross_entropy,
+    linear_relu,
+)
 
 import torchext
-from torchext import _triton
+from torchext import _triton, reference
 from torchext.testing import assert_drop_in
 
 OPS = torch.ops.torchext_triton
@@ -64,6 +70,11 @@ def test_every_kernel_runs(monkeypatch: pytest.MonkeyPatch) -> None:
                 strict=True,
             ):
                 assert torch.equal(result, other)
+    x, w = torch.randn(5, 4, requires_grad=True), torch.randn(6, 4, requires_grad=True)
+    with torchext.use_backend("triton"), linear_cross_entropy.use_schedule("tiles"):
+        assert_drop_in(
+            torchext.linear_cross_entropy, reference.linear_cross_entropy, x, w, target_for(x)
+        )
     folder = Path(common.__file__).parent
     source = "".join(file.read_text() for file in folder.glob("*.py"))
     assert launched == set(re.findall(r"^def (\w+_kernel)\(", source, re.MULTILINE))

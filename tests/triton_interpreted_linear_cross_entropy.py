@@ -12,8 +12,11 @@ import pytest
 import torch
 from test_linear_cross_entropy_backends import check, indices, leaves
 from torch import Tensor
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
 from torchext.triton_kernels import linear_cross_entropy, linear_cross_entropy_call
 from torchext.triton_kernels import linear_cross_entropy_chunks as chunks
+from torchext.triton_kernels import linear_cross_entropy_tiles as tiles
 
 import torchext
 
@@ -44,6 +47,126 @@ def test_several_chunks(
         with torchext.use_backend("triton"):
             for options in ({}, {"weight": weight, "label_smoothing": 0.1}):
                 check(leaves(shape, dtype, "cpu"), target, reduction=reduction, **options)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("biased", [True, False], ids=["bias", "no bias"])
+@pytest.mark.parametrize("smoothing", [0.0, 0.2])
+def test_tiles(dtype: torch.dtype, biased: bool, smoothing: float) -> None:
+    """Several blocks of rows and classes, ragged; then of columns too."""
+    with torchext.use_backend("triton"), linear_cross_entropy.use_schedule("tiles"):
+        for reduction, shape in (
+            ("none", (21, 16, 33)), ("mean", (18, 20, 40)), ("sum", (5, 140, 19))
+        ):  # fmt: skip
+            for weight in (None, (torch.rand(shape[2]) + 0.1).to(dtype)):
+                check(
+                    leaves(shape, dtype, "cpu", biased), indices(shape, "cpu"),
+                    reduction=reduction, weight=weight, label_smoothing=smoothing,
+                )  # fmt: skip
+
+
+def test_tiles_of_several_slices(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A vocabulary that more than one program reads, the last of them a part of a tile."""
+    monkeypatch.setattr(tiles, "SLICE", 64)
+    shape = (18, 16, 150)
+    with torchext.use_backend("triton"), linear_cross_entropy.use_schedule("tiles"):
+        for smoothing in (0.0, 0.2):
+            x, w, b = leaves(shape, torch.float32, "cpu")
+            assert b is not None
+            with torch.no_grad():
+                b += torch.linspace(0, 200, 150)  # the maximum moves from slice to slice
+            check((x, w, b), indices(shape, "cpu"), label_smoothing=smoothing, reduction="none")
+
+
+@pytest.mark.parametrize("wanted", range(1, 8))
+def test_tiles_make_only_the_gradients_asked_for(wanted: int) -> None:
+    """Of more columns than one program has; that of the bias alone is one program's."""
+    shape = (9, 140, 21)
+    tensors = leaves(shape, torch.float32, "cpu")
+    for bit, tensor in enumerate(tensors):
+        assert tensor is not None
+        tensor.requires_grad_(bool(wanted >> bit & 1))
+    with torchext.use_backend("triton"), linear_cross_entropy.use_schedule("tiles"):
+        check(tensors, indices(shape, "cpu"))
+
+
+def test_tiles_keep_no_logits() -> None:
+    """Nothing that they allocate has as many elements as there are logits."""
+    rows, features, classes = 200, 16, 300
+    x, w, b = leaves((rows, features, classes), torch.float32, "cpu")
+    target = indices((rows, features, classes), "cpu")
+    largest: list[int] = []
+
+    class Recorder(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any, kwargs: Any = None) -> Any:
+            output = func(*args, **(kwargs or {}))
+            largest.extend(t.numel() for t in pytree.tree_leaves(output) if isinstance(t, Tensor))
+            return output
+
+    for schedule, logits in (("tiles", False), ("chunks", True)):
+        with linear_cross_entropy.use_schedule(schedule), Recorder():
+            call = (x.detach(), w.detach(), target, None, None, 1, -100, 0.0)
+            linear_cross_entropy.linear_cross_entropy_forward(*call, True, True, True)
+        assert (max(largest) >= rows * classes) == logits
+        largest.clear()
+
+
+@pytest.mark.parametrize("first", ["chunks", "tiles"])
+def test_either_schedule_makes_the_gradients_of_the_others_loss(first: str) -> None:
+    second = {"chunks": "tiles", "tiles": "chunks"}[first]
+    x, w, b = leaves((21, 6, 40), torch.float32, "cpu")
+    target = indices((21, 6, 40), "cpu")
+    results = []
+    for schedule in (first, second):
+        with torchext.use_backend("triton"), linear_cross_entropy.use_schedule(first):
+            loss = torchext.linear_cross_entropy(x, w, target, linear_bias=b, reduction="none")
+        with linear_cross_entropy.use_schedule(schedule):
+            results.append(torch.autograd.grad(loss.square().sum(), (x, w)))
+    torch.testing.assert_close(*results)
+
+
+def test_a_row_of_tiles_has_the_same_bits_in_any_batch() -> None:
+    """Of whole numbers, whose products are exact: numpy makes others by the row's place."""
+    x, w = torch.randint(-3, 4, (37, 20)).float(), torch.randint(-3, 4, (70, 20)).float()
+    target = indices((37, 20, 70), "cpu")
+
+    def result(part: slice) -> tuple[Tensor, Tensor]:
+        call = (x[part], w, target[part], None, None, 0, -100, 0.1)
+        loss, stats, *_ = OPS.linear_cross_entropy_forward(*call, False, False, False)
+        return loss, stats.t()
+
+    with linear_cross_entropy.use_schedule("tiles"):
+        whole = result(slice(None))
+        for part in (slice(0, 1), slice(1, 4), slice(3, None)):
+            for one, all_of_them in zip(result(part), whole, strict=True):
+                assert torch.equal(one, all_of_them[part])
+
+
+def test_which_schedule_serves() -> None:
+    """Shapes, dtype and target decide: nothing that changes from call to call."""
+
+    def chosen(rows: int, features: int, classes: int, dtype: torch.dtype) -> bool:
+        x, w = (torch.empty(n, features, dtype=dtype, device="meta") for n in (rows, classes))
+        return linear_cross_entropy.by_tiles(x, w, torch.empty(rows, dtype=torch.int64))
+
+    low, full = torch.bfloat16, torch.float32
+    assert chosen(8192, 128, 65536, low)
+    assert not chosen(8192, 129, 65536, low)
+    assert not chosen(8191, 128, 65536, low)
+    assert not chosen(8192, 128, 8192, low)  # the buffer holds them
+    assert chosen(8192, 32, 65536, full)
+    assert not chosen(8192, 64, 65536, full)
+    assert not chosen(8192, 16, 65536, torch.float64)
+    with linear_cross_entropy.use_schedule("chunks"):
+        assert not chosen(8192, 128, 65536, low)
+        with linear_cross_entropy.use_schedule("tiles"):
+            assert chosen(2, 4096, 3, full)
+            dense = torch.empty(2, 3)
+            assert not linear_cross_entropy.by_tiles(torch.empty(2, 5), torch.empty(3, 5), dense)
+        assert not chosen(2, 4096, 3, full)
+    with pytest.raises(ValueError, match="use_schedule: expected name"):  # noqa: SIM117
+        with linear_cross_entropy.use_schedule("rows"):
+            pass
 
 
 def test_rows_per_chunk() -> None:
@@ -108,14 +231,18 @@ def test_backward_makes_what_forward_makes(small_chunks: None) -> None:
             torch.testing.assert_close(found, -2 * expected, rtol=1e-5, atol=1e-7)
 
 
-def test_opcheck(small_chunks: None) -> None:
-    for dense, reduction in itertools.product((False, True), (0, 1)):
-        x, w, b = leaves((9, 4, 12), torch.float32, "cpu")
-        target = torch.rand(9, 12).softmax(1) if dense else torch.randint(12, (9,))
-        tensors = (target, b, torch.rand(12))
-        options = (reduction, -100, 0.1)
-        for wanted in itertools.product((False, reduction != 0), (False, reduction != 0)):
-            call = (x, w, *tensors, *options, *wanted, False)
+@pytest.mark.parametrize(
+    ("schedule", "reduction", "dense"),
+    [("chunks", 1, False), ("chunks", 0, True), ("tiles", 1, False), ("tiles", 0, False)],
+)
+def test_opcheck(small_chunks: None, schedule: str, reduction: int, dense: bool) -> None:
+    x, w, b = leaves((9, 4, 12), torch.float32, "cpu")
+    target = torch.rand(9, 12).softmax(1) if dense else torch.randint(12, (9,))
+    tensors = (target, b, torch.rand(12))
+    options = (reduction, -100, 0.1)
+    with linear_cross_entropy.use_schedule(schedule):
+        for wanted in ((False, False, False), (False, reduction != 0, False)):
+            call = (x, w, *tensors, *options, *wanted)
             torch.library.opcheck(OPS.linear_cross_entropy_forward.default, call)
         plain = [t.detach() for t in (x, w, *tensors) if t is not None]
         stats = OPS.linear_cross_entropy_forward(*plain, *options, *[False] * 3)[1]
@@ -151,8 +278,9 @@ def test_compile_takes_it_whole() -> None:
 
 @pytest.mark.parametrize("index", [-(2**63), 2**63 - 1, -1, 2**32, 40])
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("schedule", ["chunks", "tiles"])
 def test_a_class_that_does_not_exist_gives_nan(
-    monkeypatch: pytest.MonkeyPatch, index: int, smoothing: float
+    monkeypatch: pytest.MonkeyPatch, index: int, smoothing: float, schedule: str
 ) -> None:
     """On a GPU nobody looks at the targets before the kernels: they may read nothing with them."""
     monkeypatch.setattr(linear_cross_entropy_call, "check_classes", lambda *_: None)
@@ -160,13 +288,14 @@ def test_a_class_that_does_not_exist_gives_nan(
     target = indices((5, 4, 40), "cpu")
     target[3] = index
     call = (x.detach(), w.detach(), target, None, None)
-    loss, stats, *_ = OPS.linear_cross_entropy_forward(*call, 0, -100, smoothing, *[False] * 3)
-    assert loss.isnan().tolist() == [False, False, False, True, False]
-    gradient = OPS.linear_cross_entropy_backward(
-        torch.ones(5), *call, stats, 0, -100, smoothing, True, False, False
-    )[0]
-    assert gradient.isnan().any(1).tolist() == [False, False, False, True, False]
-    assert OPS.linear_cross_entropy_forward(*call, 1, -100, smoothing, *[False] * 3)[0].isnan()
+    with linear_cross_entropy.use_schedule(schedule):
+        loss, stats, *_ = OPS.linear_cross_entropy_forward(*call, 0, -100, smoothing, *[False] * 3)
+        assert loss.isnan().tolist() == [False, False, False, True, False]
+        gradient = OPS.linear_cross_entropy_backward(
+            torch.ones(5), *call, stats, 0, -100, smoothing, True, False, False
+        )[0]
+        assert gradient.isnan().any(1).tolist() == [False, False, False, True, False]
+        assert OPS.linear_cross_entropy_forward(*call, 1, -100, smoothing, *[False] * 3)[0].isnan()
 
 
 def test_what_is_wrong_is_said_in_the_native_words() -> None:

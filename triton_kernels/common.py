@@ -35,6 +35,12 @@ def accumulator(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype is torch.float64 else torch.float32
 
 
+def dot_precision(dtype: torch.dtype) -> str:
+    """How products are made: float32 ones as torch's own are."""
+    tf32 = dtype is torch.float32 and torch.backends.cuda.matmul.allow_tf32
+    return "tf32" if tf32 else "ieee"
+
+
 class Strides(NamedTuple):
     """Where element (n, c, s) of a tensor (N, C, S) stands: n * outer + c * channel + s * inner."""
 

@@ -143,11 +143,6 @@ def linear_relu_bias_kernel(
     tl.store(partial + block * n_size + n, total, mask=n < n_size)
 
 
-def _precision() -> str:
-    """How float32 products are made: as torch's own are."""
-    return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee"
-
-
 def _gemm(
     left: Tensor,  # (M, K)
     mask: Tensor | None,  # (M, K)
@@ -175,7 +170,7 @@ def _gemm(
         left.device,
         *arguments,
         RELU=relu,
-        PRECISION=_precision() if left.dtype is torch.float32 else "ieee",
+        PRECISION=common.dot_precision(left.dtype),
         ACC=WIDE.get(left.dtype, tl.float32),
         **constants,
     )

@@ -5,40 +5,73 @@ their power of two, so that the last batch of an epoch is not measured again), a
 in memory and in Triton's cache on disk. That first call waits for the device. While a CUDA graph is
 captured nothing can be measured: a shape that is not known yet takes the first configuration.
 
-Within a dtype all configurations have one BLOCK_K: they add up in the same steps.
+Within a dtype all configurations add up in the same steps: `Family.fixed`.
 """
 
 from __future__ import annotations
 
-from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
 from torch import Tensor
 from torchext.triton_kernels.common import INTERPRETED
 
-# BLOCK_M, BLOCK_N, warps, stages; the first is the default. What scripts/compile_triton.py shows to
-# spill is not here.
-_BLOCKS = {
-    2: ((128, 128, 8, 3), (64, 64, 4, 4), (128, 64, 8, 3), (64, 128, 4, 3), (128, 256, 8, 3)),
-    4: ((64, 64, 8, 3), (128, 64, 8, 3), (64, 128, 8, 3)),
-    8: ((32, 32, 4, 2), (64, 32, 4, 2)),
-}
-_BLOCK_K = {2: 64, 4: 16, 8: 16}
-_KEY = ["m_key", "n_size", "k_size", "left_k", "right_n"]
+
+class Family(NamedTuple):
+    """The configurations of kernels of one build, by the bytes of an element, and their key."""
+
+    key: tuple[str, ...]
+    """The arguments whose values tell shapes apart."""
+    fixed: dict[int, dict[str, int]]
+    """What all configurations of a dtype share: what the order of a sum depends on."""
+    varied: dict[int, tuple[tuple[dict[str, int], int, int], ...]]
+    """The others, warps and stages; the first is the default."""
+    interpreted: dict[str, int]
+    """One small block: the interpreter's time goes by the number of programs and elements."""
 
 
-def configurations(element_size: int) -> list[triton.Config]:
+def _blocks(m: int, n: int) -> dict[str, int]:
+    return {"BLOCK_M": m, "BLOCK_N": n}
+
+
+# What scripts/compile_triton.py shows to spill is not here.
+GEMM = Family(
+    ("m_key", "n_size", "k_size", "left_k", "right_n"),
+    {size: {"BLOCK_K": k, "GROUP_M": 8} for size, k in ((2, 64), (4, 16), (8, 16))},
+    {
+        2: (
+            (_blocks(128, 128), 8, 3), (_blocks(64, 64), 4, 4), (_blocks(128, 64), 8, 3),
+            (_blocks(64, 128), 4, 3), (_blocks(128, 256), 8, 3),
+        ),
+        4: ((_blocks(64, 64), 8, 3), (_blocks(128, 64), 8, 3), (_blocks(64, 128), 8, 3)),
+        8: ((_blocks(32, 32), 4, 2), (_blocks(64, 32), 4, 2)),
+    },
+    {"BLOCK_M": 32, "BLOCK_N": 32, "BLOCK_K": 32, "GROUP_M": 2},
+)  # fmt: skip
+"""A product of two matrices."""
+TILES = Family(
+    ("tuned_size", "features", "classes", "input_k", "weight_k"),
+    {
+        2: {"BLOCK_STEP": 64, "BLOCK_K": 64},
+        4: {"BLOCK_STEP": 32, "BLOCK_K": 16},
+        8: {"BLOCK_STEP": 16, "BLOCK_K": 16},
+    },
+    {
+        2: (({"BLOCK_OWN": 128}, 8, 3), ({"BLOCK_OWN": 64}, 4, 3), ({"BLOCK_OWN": 128}, 8, 2)),
+        4: (({"BLOCK_OWN": 64}, 8, 3), ({"BLOCK_OWN": 32}, 4, 3)),
+        8: (({"BLOCK_OWN": 32}, 4, 2),),
+    },
+    {"BLOCK_OWN": 16, "BLOCK_STEP": 32, "BLOCK_K": 16},
+)
+"""A product of a matrix and a tile that is itself a product."""
+
+
+def configurations(family: Family, element_size: int) -> list[triton.Config]:
     """The configurations for a dtype of that many bytes."""
-    k = _BLOCK_K[element_size]
     return [
-        triton.Config(
-            {"BLOCK_M": m, "BLOCK_N": n, "BLOCK_K": k, "GROUP_M": 8},
-            num_warps=warps,
-            num_stages=stages,
-        )
-        for m, n, warps, stages in _BLOCKS[element_size]
+        triton.Config({**blocks, **family.fixed[element_size]}, num_warps=warps, num_stages=stages)
+        for blocks, warps, stages in family.varied[element_size]
     ]
 
 
@@ -47,34 +80,41 @@ def _fitting(
 ) -> list[triton.Config]:
     """The largest blocks need Hopper's products, whose operands take no registers."""
     arch = triton.runtime.driver.active.get_current_target().arch
-    return [c for c in configs if arch >= 90 or c.kwargs["BLOCK_N"] < 256]
+    return [c for c in configs if arch >= 90 or c.kwargs.get("BLOCK_N", 0) < 256]
 
 
-@cache
-def tuned(kernel: Any, element_size: int) -> Any:
+_tuners: dict[tuple[Any, ...], Any] = {}
+
+
+def tuned(kernel: Any, family: Family, element_size: int) -> Any:
     """The kernel with its autotuner for a dtype of that many bytes."""
-    return triton.autotune(
-        configurations(element_size),
-        key=_KEY,
-        prune_configs_by={"early_config_prune": _fitting},
-        cache_results=True,
-    )(kernel)
+    key = (kernel, element_size)
+    if key not in _tuners:
+        _tuners[key] = triton.autotune(
+            configurations(family, element_size),
+            key=list(family.key),
+            prune_configs_by={"early_config_prune": _fitting},
+            cache_results=True,
+        )(kernel)
+    return _tuners[key]
 
 
 _measured: set[tuple[Any, ...]] = set()
 
 
-def choose(kernel: Any, like: Tensor, arguments: tuple[Any, ...]) -> tuple[Any, dict[str, Any]]:
+def choose(
+    kernel: Any, like: Tensor, arguments: tuple[Any, ...], family: Family = GEMM
+) -> tuple[Any, dict[str, Any]]:
     """Returns what to launch for these arguments, and the constants to give it beside them."""
-    if INTERPRETED:  # one small block: its time goes by the number of programs and elements
-        sizes = {"BLOCK_M": 32, "BLOCK_N": 32, "BLOCK_K": 32, "GROUP_M": 2}
-        return kernel, sizes
-    tuner = tuned(kernel, like.element_size())
+    if INTERPRETED:
+        return kernel, dict(family.interpreted)
+    tuner = tuned(kernel, family, like.element_size())
     names = tuner.arg_names
     key = (
+        kernel,
         like.dtype,
-        *(value for name, value in zip(names, arguments, strict=False) if name in _KEY),
-        arguments[1] is None,
+        *(value for name, value in zip(names, arguments, strict=False) if name in family.key),
+        *(argument is None for argument in arguments),
     )
     if like.is_cuda and key not in _measured and torch.cuda.is_current_stream_capturing():
         first = tuner.configs[0]

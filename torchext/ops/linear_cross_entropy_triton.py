@@ -51,6 +51,9 @@ def define(
         given = (input, linear_weight, target, linear_bias, weight)
         plain = [None if tensor is None else tensor.resolve_neg() for tensor in given]
         if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in plain):
+            if _triton.kernels(_OP).by_tiles(*plain[:3]):
+                # They make the logits again in any case: gradients need memory only in backward.
+                came = (False, False, False)
             return differentiable(*plain, *options, *came)
         return forward(*plain, *options, *came)[0]  # type: ignore[no-any-return]
 
