@@ -158,6 +158,7 @@ def info() -> None:
 def sanitized() -> None:
     """A small run of each kernel, for compute-sanitizer: every route, layout and dtype once."""
     import torch
+    from torchext.triton_kernels.linear_cross_entropy import use_schedule
 
     import torchext
 
@@ -193,6 +194,12 @@ def sanitized() -> None:
                 x, weight, *rest, 0, -100, 0.1, False, False, False
             )
             ops.linear_cross_entropy_backward(loss, x, weight, *rest, stats, 0, -100, 0.1, *flags)
+        for schedule in ("chunks", "tiles"):
+            head = [torch.randn(n, 72, device="cuda", dtype=dtype) for n in (300, 1003)]
+            input, weight = (tensor.requires_grad_() for tensor in head)
+            target = torch.randint(1003, (300,), device="cuda")
+            with torchext.use_backend("triton"), use_schedule(schedule):
+                torchext.linear_cross_entropy(input, weight, target).backward()
     torch.cuda.synchronize()
     print("all kernels ran")
 

@@ -58,7 +58,7 @@ TILES = Family(
         8: {"BLOCK_STEP": 16, "BLOCK_K": 16},
     },
     {
-        2: (({"BLOCK_OWN": 128}, 8, 3), ({"BLOCK_OWN": 64}, 4, 3), ({"BLOCK_OWN": 128}, 8, 2)),
+        2: (({"BLOCK_OWN": 64}, 8, 3), ({"BLOCK_OWN": 128}, 8, 3), ({"BLOCK_OWN": 64}, 8, 2)),
         4: (({"BLOCK_OWN": 64}, 8, 3), ({"BLOCK_OWN": 32}, 4, 3)),
         8: (({"BLOCK_OWN": 32}, 4, 2),),
     },
@@ -78,9 +78,14 @@ def configurations(family: Family, element_size: int) -> list[triton.Config]:
 def _fitting(
     configs: list[triton.Config], named: dict[str, Any], **constants: Any
 ) -> list[triton.Config]:
-    """The largest blocks need Hopper's products, whose operands take no registers."""
+    """The configurations that do not spill on the GPU that is here.
+
+    The largest blocks of a product need Hopper's, whose operands take no registers; on Blackwell,
+    whose sums come out of a memory of their own, those of a product of a product spill.
+    """
     arch = triton.runtime.driver.active.get_current_target().arch
-    return [c for c in configs if arch >= 90 or c.kwargs.get("BLOCK_N", 0) < 256]
+    most = {"BLOCK_N": 256 if arch >= 90 else 128, "BLOCK_OWN": 128 if arch < 100 else 64}
+    return [c for c in configs if all(c.kwargs.get(name, 0) <= most[name] for name in most)]
 
 
 _tuners: dict[tuple[Any, ...], Any] = {}
