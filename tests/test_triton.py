@@ -161,3 +161,9 @@ def test_cuda_tensors_take_what_is_here() -> None:
                 x, target, None, 1, -100, 0.0, False
             )
             assert loss.device.type == stats.device.type == gradient.device.type == "cuda"
+            w = torch.empty(6, 5, device="cuda")
+            results = space.linear_cross_entropy_forward(
+                x, w, target, None, None, 1, -100, 0.0, True, True, False
+            )
+            assert [t.shape for t in results] == [(), (2, 4), (4, 5), (6, 5), (0,)]
+            assert {t.device.type for t in results} == {"cuda"}

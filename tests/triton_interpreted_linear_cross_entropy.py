@@ -19,6 +19,7 @@ from torchext.triton_kernels import linear_cross_entropy_chunks as chunks
 from torchext.triton_kernels import linear_cross_entropy_tiles as tiles
 
 import torchext
+from torchext import reference
 
 OPS = torch.ops.torchext_triton
 DTYPES = (torch.float32, torch.float16)
@@ -68,7 +69,7 @@ def test_tiles(dtype: torch.dtype, biased: bool, smoothing: float) -> None:
 def test_tiles_of_several_slices(monkeypatch: pytest.MonkeyPatch) -> None:
     """A vocabulary that more than one program reads, the last of them a part of a tile."""
     monkeypatch.setattr(tiles, "SLICE", 64)
-    shape = (18, 16, 150)
+    shape = (140, 8, 150)  # two groups of blocks of rows
     with torchext.use_backend("triton"), linear_cross_entropy.use_schedule("tiles"):
         for smoothing in (0.0, 0.2):
             x, w, b = leaves(shape, torch.float32, "cpu")
@@ -213,22 +214,34 @@ def test_the_weight_gradient_is_rounded_once(
     assert torch.equal(gradient, exact.to(dtype))
 
 
-def test_backward_makes_what_forward_makes(small_chunks: None) -> None:
-    """The gradients of a sum or mean: with the loss, and from its statistics."""
+@pytest.mark.parametrize("schedule", ["chunks", "tiles"])
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_gradients_come_with_the_loss_or_in_backward(
+    small_chunks: None, schedule: str, reduction: str
+) -> None:
+    """Those of a sum or mean, as the operators give them: both are the truth."""
     x, w, b = leaves((21, 6, 40), torch.float32, "cpu")
     assert b is not None
-    tensors = (x.detach(), w.detach(), indices((21, 6, 40), "cpu"), b.detach(), torch.rand(40))
-    for reduction in (1, 2):
-        options = (reduction, -100, 0.1)
+    target, weight = indices((21, 6, 40), "cpu"), torch.rand(40)
+    wide = [t.detach().double().requires_grad_() for t in (x, w, b)]
+    truth = reference.linear_cross_entropy(
+        wide[0], wide[1], target, wide[2], weight.double(), reduction, None, 0.1
+    )
+    exact = torch.autograd.grad(truth, wide)
+    tensors = (x.detach(), w.detach(), target, b.detach(), weight)
+    options = (("none", "mean", "sum").index(reduction), -100, 0.1)
+    upstream = torch.tensor(-3.0)
+    with linear_cross_entropy.use_schedule(schedule):
         loss, stats, *gradients = OPS.linear_cross_entropy_forward(*tensors, *options, *[True] * 3)
         plain, _, *nothing = OPS.linear_cross_entropy_forward(*tensors, *options, *[False] * 3)
-        assert torch.equal(loss, plain)
-        assert [t.numel() for t in nothing] == [0, 0, 0]
-        again = OPS.linear_cross_entropy_backward(
-            torch.tensor(-2.0), *tensors, stats, *options, *[True] * 3
-        )
-        for found, expected in zip(again, gradients, strict=True):
-            torch.testing.assert_close(found, -2 * expected, rtol=1e-5, atol=1e-7)
+        again = OPS.linear_cross_entropy_backward(upstream, *tensors, stats, *options, *[True] * 3)
+    assert torch.equal(loss, plain)
+    assert [t.numel() for t in nothing] == [0, 0, 0]
+    torch.testing.assert_close(loss.double(), truth.detach(), rtol=1e-6, atol=0)
+    for found, other, expected in zip(gradients, again, exact, strict=True):
+        allowed = 2e-6 * expected.norm()
+        assert (found.double() - expected).norm() < allowed
+        assert (other.double() / -3 - expected).norm() < allowed
 
 
 @pytest.mark.parametrize(
