@@ -24,16 +24,16 @@ Backward = Callable[..., Any]
 
 _hooks = torch._C._autograd._top_saved_tensors_default_hooks
 _is_batched = torch._C._functorch.is_legacy_batchedtensor
-_CPU = torch._C.DispatchKeySet(torch._C.DispatchKey.CPU)
 
 
-def kernel(op: OpOverload) -> Callable[..., Any]:
-    """Returns the CPU kernel of a registered operator, past the rest of the dispatcher.
+def kernel(op: OpOverload, device: str = "CPU") -> Callable[..., Any]:
+    """Returns a device's kernel of a registered operator, past the rest of the dispatcher.
 
-    For plain strided CPU tensors in an ordinary call alone (`_backend.ordinary`): no autograd, no
-    autocast, no modes, no lazy negation.
+    For plain strided tensors of that device in an ordinary call alone (`_backend.ordinary`): no
+    autograd, no autocast, no modes, no lazy negation.
     """
-    return partial(op._handle.redispatch_boxed, _CPU)
+    key = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, device))
+    return partial(op._handle.redispatch_boxed, key)
 
 
 def define(
@@ -58,8 +58,13 @@ def define(
         setup_context(ctx, inputs, output)
 
     torch.library.register_autograd(op._name, backward, setup_context=setup_operator)
-    run = kernel(op) if run is None else run
+    return eager(op, setup_context, backward, kernel(op) if run is None else run)
 
+
+def eager(
+    op: OpOverload, setup_context: SetupContext, backward: Backward, run: Callable[..., Any]
+) -> Callable[..., Tensor]:
+    """Returns the eager function of an operator by a kernel `run`: see `define`."""
     several = len(op._schema.returns) > 1
 
     def forward(ctx: Any, *args: Any) -> Tensor:

@@ -21,8 +21,9 @@ from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from torchext import _autograd, _backend, _errors, _native, reference
 from torchext.ops import extras as with_extras
-from torchext.ops import extras_autograd, linear_cross_entropy_triton
+from torchext.ops import extras_autograd
 from torchext.ops import linear_cross_entropy_fake as fakes
+from torchext.ops import linear_cross_entropy_gpu as gpu
 from torchext.ops.cross_entropy_fake import REDUCTIONS
 from torchext.ops.extras import Extras
 from torchext.ops.linear_cross_entropy_call import INDICES, cast_by_autocast, fit
@@ -58,7 +59,7 @@ def linear_cross_entropy(
     buffer of at most 64 MiB (or of 256 rows of logits, where those are more); on a GPU 128 MiB, and
     for 16-bit dtypes float32 sums of linear_weight's gradient.
 
-    float32, float64, bfloat16 and float16 run on the fused kernels, on the CPU or by Triton, with
+    float32, float64, bfloat16 and float16 run on the fused kernels, on the CPU or a GPU, with
     class indices and probabilities, class weights, label smoothing and every reduction, also under
     autocast; on the CPU with K-dimensional weights, too. The extras walk chunks of rows as well, by
     the cross_entropy kernels of the CPU or of CUDA. Anything else (functorch transforms, second
@@ -222,6 +223,8 @@ def _fused(
     )  # fmt: skip
     if place == _backend.TRITON:
         loss = _triton_call(*arguments)
+    elif not input.is_cpu:
+        loss = _cuda_call(*arguments)
     elif ordinary and differentiate:
         loss = _differentiable(*arguments)
     else:
@@ -293,6 +296,7 @@ def _settle(
         ) from None
     ignored = -100 if ignore_index is None else ignore_index
     options = (_CODES[reduction], ignored, label_smoothing, False, False, False)
+    given = (reduction, ignore_index, label_smoothing)
     tensors = {
         "input": input,
         "linear_weight": linear_weight,
@@ -305,14 +309,7 @@ def _settle(
         op,
         tensors,
         lambda: reference.linear_cross_entropy(
-            input,
-            linear_weight,
-            target,
-            linear_bias,
-            weight,
-            reduction,
-            ignore_index,
-            label_smoothing,
+            input, linear_weight, target, linear_bias, weight, *given
         ),
         lambda: _kernel(*tensors.values(), *options) if linear_weight.dim() == 2 else None,
     )
@@ -391,5 +388,6 @@ if not _native.cpu_missing:
     _kernel = _autograd.kernel(_forward_op)
     _backward_kernel = _autograd.kernel(_backward_op)
     _differentiable = _autograd.define(_forward_op, _setup_context, _backward)
+    _cuda_call = gpu.library(_setup_context, _backward, _forward_op, _backward_op)
 
-_triton_call = linear_cross_entropy_triton.define(_setup_context, _backward)
+_triton_call = gpu.triton(_setup_context, _backward)
