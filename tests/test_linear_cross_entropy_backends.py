@@ -56,18 +56,24 @@ def indices(shape: tuple[int, int, int], device: str) -> Tensor:
     return target
 
 
-def check(tensors: tuple[Tensor, Tensor, Tensor | None], target: Tensor, **options: Any) -> None:
+def check(
+    tensors: tuple[Tensor, Tensor, Tensor | None],
+    target: Tensor,
+    autocast: torch.dtype | None = None,
+    **options: Any,
+) -> None:
     """Value and gradients of input, weight and bias, for a random upstream gradient."""
     x, w, b = tensors
     call = ((x, w, target), {"linear_bias": b, **options})
-    with torch.no_grad():
-        plain = torchext.linear_cross_entropy(*call[0], **call[1])
-    upstream = torch.randn_like(plain)
+    with torch.autocast(x.device.type, autocast, enabled=autocast is not None):
+        with torch.no_grad():
+            plain = torchext.linear_cross_entropy(*call[0], **call[1])
+        upstream = torch.randn_like(plain)
+        ours, eager = (
+            derivatives(function, *call, upstream)
+            for function in (torchext.linear_cross_entropy, reference.linear_cross_entropy)
+        )
     exact_call, exact_upstream = pytree.tree_map(widened, (call, upstream))
-    ours, eager = (
-        derivatives(function, *call, upstream)
-        for function in (torchext.linear_cross_entropy, reference.linear_cross_entropy)
-    )
     truth = derivatives(reference.linear_cross_entropy, *exact_call, exact_upstream)
     assert len(ours) == 1 + sum(t is not None and t.requires_grad for t in tensors)
     for actual, stock, exact in zip([plain, *ours], [eager[0], *eager], [truth[0], *truth],
@@ -75,7 +81,9 @@ def check(tensors: tuple[Tensor, Tensor, Tensor | None], target: Tensor, **optio
         assert (actual.dtype, actual.shape) == (stock.dtype, stock.shape)
         assert torch.equal(actual.isnan(), stock.isnan())
         error, own = ((t.double() - exact).nan_to_num().norm() for t in (actual, stock))
-        assert error <= own + TOLERANCES[x.dtype] * (exact.nan_to_num().norm() + 1e-3), options
+        assert error <= own + TOLERANCES[autocast or x.dtype] * (
+            exact.nan_to_num().norm() + 1e-3
+        ), options
 
 
 def widened(leaf: Any) -> Any:
@@ -111,6 +119,39 @@ def test_probabilities(
     weight = (torch.rand(shape[2], device=device) + 0.1).to(dtype)
     tensors = leaves(shape, dtype, device)
     check(tensors, target, weight=weight, reduction=reduction, label_smoothing=0.1)
+
+
+@pytest.mark.parametrize("inner", [(3,), (2, 2)], ids=str)
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("dense", [False, True], ids=["indices", "probabilities"])
+def test_inner_dimensions(
+    device: str,
+    backend: str,
+    dtype: torch.dtype,
+    dense: bool,
+    reduction: str,
+    inner: tuple[int, ...],
+) -> None:
+    rows, features, classes, size = 19, 16, 130, torch.Size(inner).numel()
+    x, w, b = leaves((rows, features, classes * size), dtype, device)
+    assert b is not None
+    with torch.no_grad():
+        w, b = w.view(classes, *inner, features), b.view(classes, *inner)
+    if dense:
+        target = torch.randn(rows, classes, *inner, device=device).softmax(1).to(dtype)
+    else:
+        target = indices((rows * size, features, classes), device).view(rows, *inner)
+    tensors = (x, w.requires_grad_(), b.requires_grad_())
+    check(tensors, target, reduction=reduction, label_smoothing=0.1)
+
+
+@pytest.mark.parametrize("narrow", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_autocast(device: str, backend: str, reduction: str, narrow: torch.dtype) -> None:
+    shape = (32, 16, 64)
+    tensors = leaves(shape, torch.float32, device)
+    weight = torch.rand(64, device=device) + 0.1
+    check(tensors, indices(shape, device), narrow, reduction=reduction, weight=weight)
 
 
 @pytest.mark.parametrize("wanted", range(1, 8))

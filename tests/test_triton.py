@@ -49,6 +49,7 @@ SUITES = {
     "test_linear_cross_entropy_backends.py": ["--backend", "triton", "--sample", "8"],
     "triton_interpreted.py": [],
     "triton_interpreted_linear_cross_entropy.py": [],
+    "triton_interpreted_linear_cross_entropy_calls.py": [],
 }
 
 

@@ -6,8 +6,6 @@ Run by test_triton.py, in a process with TRITON_INTERPRET=1: interpreted, on CPU
 from __future__ import annotations
 
 import itertools
-import sys
-from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -21,11 +19,9 @@ from torchext.triton_kernels import linear_cross_entropy_chunks as chunks
 from torchext.triton_kernels import linear_cross_entropy_tiles as tiles
 
 import torchext
-from torchext import _triton, reference
-from torchext.ops import linear_cross_entropy_gpu
+from torchext import reference
 
 OPS = torch.ops.torchext_triton
-WAYS = ("forward", "backward")
 DTYPES = (torch.float32, torch.float16)
 
 
@@ -344,43 +340,3 @@ def test_no_rows() -> None:
         assert first.shape == (0, 4)
         assert torch.equal(second, torch.zeros(5, 4))
         assert torch.equal(third, torch.zeros(5))
-
-
-@pytest.mark.parametrize("by", ["triton", "library"])
-def test_gradients_are_scaled_in_their_own_memory_and_nobody_looks(
-    monkeypatch: pytest.MonkeyPatch, by: str
-) -> None:
-    """Also inside autocast. The library's operators by their CPU kernel, which serves as well."""
-    op = sys.modules["torchext.ops.linear_cross_entropy"]
-    native = torch.ops.torchext
-    made: list[int] = []
-
-    def setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        made[:] = [gradient.data_ptr() for gradient in output[2:]]
-        op._setup_context(ctx, inputs, output)
-
-    if by == "library":
-        operators = [getattr(native, f"linear_cross_entropy_{n}").default for n in WAYS]
-        call = linear_cross_entropy_gpu.library(setup, op._backward, *operators, "CPU")
-    else:
-        monkeypatch.setattr(_triton, "register", lambda _, name, fake: registered(name))
-        monkeypatch.setattr(torch.library, "register_autograd", lambda *_, **__: None)
-        call = linear_cross_entropy_gpu.triton(setup, op._backward)
-    x, w, b = leaves((21, 6, 40), torch.float32, "cpu")
-    target = indices((21, 6, 40), "cpu")
-    arguments = (x, w, target, b, None, 1, -100, 0.0, True, True, True)
-    truth = reference.linear_cross_entropy(x, w, target, b, None, "mean", None, 0.0)
-    exact = torch.autograd.grad(-3 * truth, (x, w, b))
-    again = torch.autograd.grad(call(*arguments), (x, w, b), torch.tensor(-3.0), retain_graph=True)
-    torch.testing.assert_close(again, exact)
-    monkeypatch.setattr(Tensor, "item", lambda _: pytest.fail("the host looked"))
-    for context in (nullcontext(), torch.autocast("cpu", torch.float16)):
-        with context:
-            found = torch.autograd.grad(call(*arguments), (x, w, b), torch.tensor(-3.0))
-        assert [gradient.data_ptr() for gradient in found] == made
-        torch.testing.assert_close(found, exact)
-
-
-def registered(name: str) -> tuple[Any, Any]:
-    """What `_triton.register` gave for an operator of this op."""
-    return getattr(OPS, name).default, getattr(linear_cross_entropy, name)

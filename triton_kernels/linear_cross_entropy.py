@@ -1,6 +1,6 @@
 """linear_cross_entropy in Triton: the functions of csrc/ops/linear_cross_entropy.cpp.
 
-    logits = input @ linear_weight.T + linear_bias      input (N, H), linear_weight (C, H)
+    logits = input @ linear_weight.T + linear_bias      input (N, H), linear_weight (C, [D,] H)
     loss = cross_entropy(logits, target)
 
 Argument for argument the native operators, by one of two schedules:
@@ -8,7 +8,8 @@ Argument for argument the native operators, by one of two schedules:
 * chunks of rows (linear_cross_entropy_chunks.py): the products are the library's, a chunk's logits
   are in memory, and for 16-bit dtypes float32 sums of linear_weight's gradient;
 * tiles (linear_cross_entropy_tiles.py): the logits are never in memory, and are made again for each
-  of the gradients. For class indices; probabilities are as large as the logits.
+  of the gradients. For class indices, since probabilities are as large as the logits, and for
+  linear_weight (C, H).
 
 Both have the same statistics, so that either may make the gradients of the other's loss. Which one
 serves a call depends on its shapes, dtype and target alone (`by_tiles`), or on `use_schedule`.
@@ -77,7 +78,7 @@ def by_tiles(input: Tensor, linear_weight: Tensor, target: Tensor) -> bool:
     Of themselves: for class indices, few features (`NARROW`), many rows and classes (`MANY`), and
     logits that the buffer of the chunks could not hold at once.
     """
-    if target.dtype not in INDICES or _schedule == "chunks":
+    if target.dtype not in INDICES or linear_weight.dim() > 2 or _schedule == "chunks":
         return False
     (rows, features), classes = input.shape, linear_weight.shape[0]
     size = input.element_size()
@@ -128,17 +129,20 @@ def linear_cross_entropy_forward(
             "loss, but got none"
         )
     gradients = problem.gradients(wanted)
-    stats = input.new_empty((2, problem.rows), dtype=problem.acc)
-    if problem.rows == 0 or problem.classes == 0:
+    stats = input.new_empty((2, problem.positions), dtype=problem.acc)
+    if problem.positions == 0 or problem.classes == 0:
         loss = fakes.definition(
             input, linear_weight, target, linear_bias, weight, reduction, ignore_index,
             label_smoothing,
         )  # fmt: skip
         return loss, stats, *_given(problem, gradients)
-    losses = input.new_empty((problem.rows,), dtype=problem.acc)
+    losses = input.new_empty((problem.positions,), dtype=problem.acc)
     scale = problem.mean_scale() if gradients.any else None
     _schedule_of(problem).forward(problem, losses, stats, gradients, scale)
-    loss = losses if reduction == NONE else problem.reduced(losses)
+    if reduction == NONE:
+        loss = losses.view(problem.rows, *linear_weight.shape[1:-1])
+    else:
+        loss = problem.reduced(losses)
     return loss, stats, *_given(problem, gradients)
 
 
@@ -166,21 +170,21 @@ def linear_cross_entropy_backward(
     call = (input, linear_weight, target, linear_bias, weight, *options)
     arguments = (grad_output, *call[:5], stats, *options, *wanted)
     problem = check("linear_cross_entropy_backward", arguments, call)
-    count = problem.rows if reduction == NONE else 1
+    count = problem.positions if reduction == NONE else 1
     if grad_output.numel() != count or grad_output.dtype != problem.acc:
         raise RuntimeError(
             f"linear_cross_entropy_backward: expected grad_output of {count} elements of dtype "
             f"{problem.acc}, but got shape {list(grad_output.shape)} and dtype {grad_output.dtype}"
         )
-    if stats.numel() != 2 * problem.rows or not stats.is_contiguous():
+    if stats.numel() != 2 * problem.positions or not stats.is_contiguous():
         raise RuntimeError(
-            f"linear_cross_entropy_backward: expected stats of shape [2, {problem.rows}], but got "
-            f"{list(stats.shape)}"
+            f"linear_cross_entropy_backward: expected stats of shape [2, {problem.positions}], but "
+            f"got {list(stats.shape)}"
         )
     gradients = problem.gradients(wanted)
-    if problem.rows and problem.classes and gradients.any:
+    if problem.positions and problem.classes and gradients.any:
         grad_output = grad_output.reshape((count,) if reduction == NONE else ()).contiguous()
         scale = problem.mean_scale()
-        stats = stats.view(2, problem.rows)
+        stats = stats.view(2, problem.positions)
         _schedule_of(problem).backward(problem, grad_output, stats, gradients, scale)
     return _given(problem, gradients)

@@ -7,6 +7,8 @@
         grad_linear_weight += gradient.T @ input
         grad_linear_bias += column sums of gradient
 
+C is C D throughout where linear_weight is (C, D, H): logits (N, C, D).
+
 Three products of N C H multiplications, as many as the layers alone. Around them, e an element's
 size: 2 to 4 e N C bytes for the loss, 3 e N C for the products' own reads and writes of the logits
 and their gradient, and 8 C H for each further chunk, to which linear_weight's gradient is added.
@@ -139,33 +141,35 @@ class _Chunks:
 
     def __init__(self, problem: Problem, gradients: Gradients) -> None:
         self._problem, self._gradients = problem, gradients
-        input, classes = problem.input, problem.classes
-        self._height = rows_per_chunk(problem.rows, classes, input.element_size())
-        self._buffer = input.new_empty((self._height, classes))
+        input, columns = problem.input, problem.classes * problem.inner
+        self._height = rows_per_chunk(problem.rows, columns, input.element_size())
+        self._buffer = input.new_empty((self._height, columns))
         self.count = -(-problem.rows // self._height)
         self._weight_gradient = None
         if gradients.linear_weight is not None:
-            self._weight_gradient = WeightGradient(gradients.linear_weight, self.count)
+            gradient = gradients.linear_weight.flatten(0, -2)
+            self._weight_gradient = WeightGradient(gradient, self.count)
         self._bias_sums: Tensor | None = None
 
     def __iter__(self) -> Iterator[tuple[slice, Call]]:
-        """Gives each chunk's rows and its logits, as the kernels walk them; then multiplies."""
+        """Gives each chunk's positions and logits, as the kernels walk them; then multiplies."""
         problem, gradients = self._problem, self._gradients
-        weight = problem.linear_weight
+        weight, bias = problem.linear_weight.flatten(0, -2), problem.linear_bias
         for first in range(0, problem.rows, self._height):
             rows = slice(first, min(first + self._height, problem.rows))
             input = problem.input[rows]
             logits = self._buffer[: rows.stop - first]
             # Only ops that write to `out`: autocast leaves those alone.
-            if problem.linear_bias is None:
+            if bias is None:
                 torch.mm(input, weight.t(), out=logits)
             else:
-                torch.addmm(problem.linear_bias, input, weight.t(), out=logits)
+                torch.addmm(bias.flatten(), input, weight.t(), out=logits)
+            shaped = logits.view(-1, *problem.linear_weight.shape[:-1])
             yield (
-                rows,
+                slice(first * problem.inner, rows.stop * problem.inner),
                 walk(
-                    logits, problem.target[rows], problem.weight, problem.ignore_index,
-                    problem.smoothing, logits if gradients.any else None,
+                    shaped, problem.target[rows], problem.weight, problem.ignore_index,
+                    problem.smoothing, shaped if gradients.any else None,
                 ),
             )  # fmt: skip
             if gradients.input is not None:
@@ -178,7 +182,7 @@ class _Chunks:
         if self._weight_gradient is not None:
             self._weight_gradient.finish()
         if gradients.linear_bias is not None and self._bias_sums is not None:
-            gradients.linear_bias.copy_(self._bias_sums)
+            gradients.linear_bias.flatten().copy_(self._bias_sums)
 
 
 def forward(
@@ -190,11 +194,11 @@ def forward(
 ) -> None:
     """Writes losses, statistics, and the gradients of `scale` times the sum of the losses."""
     chunks = _Chunks(problem, gradients)
-    for rows, call in chunks:
+    for positions, call in chunks:
         part = stats if chunks.count == 1 else stats.new_empty((2, call.positions))
-        write_losses(call, losses[rows], part, scale)
+        write_losses(call, losses[positions], part, scale)
         if part is not stats:
-            stats[:, rows] = part
+            stats[:, positions] = part
 
 
 def backward(
@@ -205,6 +209,6 @@ def backward(
     scale: Tensor | None,
 ) -> None:
     """Writes the gradients, from the logits made again and forward's statistics."""
-    for rows, call in _Chunks(problem, gradients):
-        upstream = grad_output[rows] if problem.reduction == NONE else grad_output
-        write_gradient(call, stats[:, rows].contiguous(), upstream, scale)
+    for positions, call in _Chunks(problem, gradients):
+        upstream = grad_output[positions] if problem.reduction == NONE else grad_output
+        write_gradient(call, stats[:, positions].contiguous(), upstream, scale)

@@ -7,8 +7,8 @@
 // and sum of exponentials: with them the second operator makes the logits again, a chunk of rows at
 // a time, where the gradients did not come with the loss.
 //
-// On the CPU linear_weight may be (C, D, H) too, with linear_bias (C, D), target (N, D) or
-// (N, C, D), a loss of reduction none of shape (N, D), and stats (2, N * D).
+// On the CPU and by Triton's kernels linear_weight may be (C, D, H) too, with linear_bias (C, D),
+// target (N, D) or (N, C, D), a loss of reduction none of shape (N, D), and stats (2, N * D).
 STABLE_TORCH_LIBRARY_FRAGMENT(torchext, m) {
   m.def(
       "linear_cross_entropy_forward(Tensor input, Tensor linear_weight, Tensor target, "

@@ -60,10 +60,11 @@ def linear_cross_entropy(
     for 16-bit dtypes float32 sums of linear_weight's gradient.
 
     float32, float64, bfloat16 and float16 run on the fused kernels, on the CPU or a GPU, with
-    class indices and probabilities, class weights, label smoothing and every reduction, also under
-    autocast; on the CPU with K-dimensional weights, too. The extras walk chunks of rows as well, by
-    the cross_entropy kernels of the CPU or of CUDA. Anything else (functorch transforms, second
-    derivatives, compiled extras) runs as the two stock ops, on the whole logits.
+    class indices and probabilities, class weights, label smoothing and every reduction, under
+    autocast and with K-dimensional weights, which the CUDA library alone does not take. The extras
+    walk chunks of rows as well, by the cross_entropy kernels of the CPU or of CUDA. Anything else
+    (functorch transforms, second derivatives, compiled extras) runs as the two stock ops, on the
+    whole logits.
 
     Args:
         input: the features.
@@ -249,8 +250,9 @@ def _place(
         tensors = (input, linear_weight, target, linear_bias, weight)
         work = input.numel() * linear_weight.shape[:-1].numel()
         place = _backend.route(*tensors, op="linear_cross_entropy", work=work)
-        inner = linear_weight.dim() > 2
-        return _backend.EAGER if inner and not input.is_cpu else place
+        # The CUDA library's kernels have no inner dimension.
+        flat = linear_weight.dim() <= 2 or input.is_cpu or place == _backend.TRITON
+        return place if flat else _backend.EAGER
     # The kernel itself refuses the other tensors' devices and layouts.
     plain = (
         input.dtype in _FLOATING

@@ -55,7 +55,6 @@ def fit(input: Tensor, linear_weight: Tensor, target: Tensor, linear_bias: Tenso
     # K dimensions, flattened to one: what does not go together must not seem to.
     return (
         dims > 2
-        and input.is_cpu
         and input.dim() == 2
         and target.dim() == (dims - 1 if indices else dims)
         and target.shape[2 - dims :] == linear_weight.shape[1:-1]
