@@ -94,8 +94,8 @@ def test_the_operators_give_the_loss_as_wide_as_the_sums() -> None:
             )
 
 
-def test_where_inner_dimensions_go(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The CUDA library's operators do not serve them."""
+def test_what_the_cuda_library_does_not_take(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Inner dimensions, and the weights of classes that autocast leaves wide."""
     place = sys.modules[f"torchext.ops.{OP}"]._place
     with FakeTensorMode():
         x = torch.empty(4, 5, device="cuda")
@@ -104,8 +104,12 @@ def test_where_inner_dimensions_go(monkeypatch: pytest.MonkeyPatch) -> None:
         for served in (_backend.OPERATOR, _backend.TRITON, _backend.EAGER):
             monkeypatch.setattr(_backend, "route", lambda *_, served=served, **__: served)
             assert place(False, x, *flat, None, None) == served
+            assert place(False, x, *flat, None, torch.empty(7, device="cuda")) == served
             expected = _backend.EAGER if served == _backend.OPERATOR else served
             assert place(False, x, *deep, None, None) == expected
+            narrow = [tensor.half() for tensor in (x, flat[0])]
+            wide = torch.empty(7, device="cuda")
+            assert place(False, *narrow, flat[1], None, wide) == expected
 
 
 @pytest.mark.parametrize("by", ["triton", "library"])

@@ -61,10 +61,10 @@ def linear_cross_entropy(
 
     float32, float64, bfloat16 and float16 run on the fused kernels, on the CPU or a GPU, with
     class indices and probabilities, class weights, label smoothing and every reduction, under
-    autocast and with K-dimensional weights, which the CUDA library alone does not take. The extras
-    walk chunks of rows as well, by the cross_entropy kernels of the CPU or of CUDA. Anything else
-    (functorch transforms, second derivatives, compiled extras) runs as the two stock ops, on the
-    whole logits.
+    autocast and with K-dimensional weights (the CUDA library takes neither these nor the wide class
+    weights of autocast). The extras walk chunks of rows as well, by the cross_entropy kernels of
+    the CPU or of CUDA. Anything else (functorch transforms, second derivatives, compiled extras)
+    runs as the two stock ops, on the whole logits.
 
     Args:
         input: the features.
@@ -250,9 +250,9 @@ def _place(
         tensors = (input, linear_weight, target, linear_bias, weight)
         work = input.numel() * linear_weight.shape[:-1].numel()
         place = _backend.route(*tensors, op="linear_cross_entropy", work=work)
-        # The CUDA library's kernels have no inner dimension.
-        flat = linear_weight.dim() <= 2 or input.is_cpu or place == _backend.TRITON
-        return place if flat else _backend.EAGER
+        if place == _backend.OPERATOR and not input.is_cpu:
+            return place if gpu.library_takes(input, linear_weight, weight) else _backend.EAGER
+        return place
     # The kernel itself refuses the other tensors' devices and layouts.
     plain = (
         input.dtype in _FLOATING

@@ -64,6 +64,11 @@ def library(
     return _call(forward_op, run, differentiable, lambda *_: False)
 
 
+def library_takes(input: Tensor, linear_weight: Tensor, weight: Tensor | None) -> bool:
+    """Whether the library's kernels take what the CPU's do: no inner dimension, no wide weight."""
+    return linear_weight.dim() <= 2 and (weight is None or weight.dtype == input.dtype)
+
+
 def _with_kernel(backward: _autograd.Backward, kernel: OpOverload) -> _autograd.Backward:
     def by_kernel(ctx: Any, *grads: Tensor | None) -> Any:
         return backward(ctx, *grads, kernel=kernel)
