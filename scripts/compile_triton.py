@@ -170,7 +170,7 @@ def linear_cross_entropy_cases() -> Iterator[Case]:
                 linear_cross_entropy.linear_cross_entropy_forward(*tensors, *options, *[True] * 3)
                 return
             stats = empty(2, target.shape[0], dtype=F64 if x.dtype is F64 else F32)
-            upstream = empty(*target.shape, dtype=x.dtype)
+            upstream = empty(*target.shape, dtype=stats.dtype)
             linear_cross_entropy.linear_cross_entropy_backward(
                 upstream, *tensors, stats, 0, *options[1:], *[True] * 3
             )
