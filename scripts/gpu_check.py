@@ -267,7 +267,7 @@ def main() -> int:
         check.run(
             Stage(
                 f"tests: {backend}",
-                f"the suites of the ops on CUDA, backend {backend} (up to 8 cases of a test)",
+                f"the suites of the ops on CUDA, backend {backend} (up to 12 cases of a test)",
                 [
                     *pytest,
                     *parallel,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -222,3 +223,46 @@ def test_torchscript_refuses_what_it_lacks() -> None:
     scripted = torch.jit.script(torchext.nn.CrossEntropyLoss(z_loss=0.1))
     with pytest.raises(Exception, match="TorchScript has no extras"):
         scripted(torch.randn(3, 4), torch.tensor([0, 1, 2]))
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int32, torch.int64], ids=str)
+@pytest.mark.parametrize("extras", [{"z_loss": 0.1}, {"ignored_mean": "zero"}], ids=str)
+@pytest.mark.parametrize("classes", [200, 256, 300])
+def test_narrow_targets_do_not_wrap(
+    dtype: torch.dtype, extras: dict[str, Any], classes: int
+) -> None:
+    """uint8 holds 156, which is -100 in its own width, and no 256."""
+    target = torch.tensor([156, 1, 44, 3])
+    x, weight = torch.randn(4, 6), torch.randn(classes, 6)
+    for ignore_index in (-100, 2**32 + 44, 300):
+        options = {"ignore_index": ignore_index, **extras}
+        for function, tensors in (
+            (torchext.cross_entropy, (x @ weight.t(),)),
+            (torchext.linear_cross_entropy, (x, weight)),
+        ):
+            found = function(*tensors, target.to(dtype), **options)
+            torch.testing.assert_close(found, function(*tensors, target, **options))
+
+
+@pytest.mark.parametrize("rows", [[[math.nan] * 3], [[math.inf, math.nan, 0.0]], [[-math.inf] * 3]])
+def test_lse_of_rows_that_are_not_finite(rows: list[list[float]]) -> None:
+    logits = torch.tensor([*rows, [math.inf, 1.0, 2.0], [0.0, math.nan, 1.0], [1.0, 2.0, 3.0]])
+    target = torch.zeros(len(logits), dtype=torch.long)
+    _, lse = torchext.cross_entropy(logits, target, return_lse=True)
+    torch.testing.assert_close(lse, torch.logsumexp(logits, 1), equal_nan=True)
+    weight = torch.eye(3)
+    _, lse = torchext.linear_cross_entropy(logits, weight, target, return_lse=True)
+    expected = torch.logsumexp(F.linear(logits, weight), 1)
+    torch.testing.assert_close(lse, expected, equal_nan=True)
+
+
+@pytest.mark.parametrize("extras", [{"z_loss": 1e-5}, {"ignored_mean": "zero"}], ids=str)
+def test_a_mean_of_float16_does_not_overflow_in_its_sum(extras: dict[str, Any]) -> None:
+    logits, target = (3 * torch.randn(20000, 8)).half(), torch.randint(8, (20000,))
+    loss = torchext.cross_entropy(logits, target, **extras)
+    assert loss.dtype == torch.float16
+    expected = torchext.cross_entropy(logits.double(), target, **extras)
+    torch.testing.assert_close(loss.double(), expected, rtol=1e-3, atol=0)
+    features, weight = logits, torch.eye(8).half()
+    loss = torchext.linear_cross_entropy(features, weight, target, **extras)
+    torch.testing.assert_close(loss.double(), expected, rtol=1e-3, atol=0)

@@ -24,6 +24,7 @@ from torchext.ops.cross_entropy_fake import REDUCTIONS
 
 _MEANS = ("nan", "zero")
 _WIDE = (torch.float32, torch.float64)
+_NARROW = (torch.float16, torch.bfloat16)
 
 
 class Extras(NamedTuple):
@@ -70,9 +71,17 @@ Loss = Callable[[Tensor, Tensor, Tensor | None, int, str, float], Tensor]
 Result = Tensor | tuple[Tensor, ...]
 
 
-def _check(op: str, extras: Extras, reduction: str, **tensors: Tensor) -> None:
+def _check(
+    op: str, extras: Extras, reduction: str, ignore_index: int | None, **tensors: Tensor
+) -> None:
     _errors.check_types(op, ((name, value, _errors.TENSOR) for name, value in tensors.items()))
+    _errors.check_types(op, (("ignore_index", ignore_index, _errors.OPTIONAL_INT),))
     extras.check(op, reduction)
+
+
+def _widened(target: Tensor) -> Tensor:
+    """Class indices as int64: uint8 and int32 would be compared in their own width, and wrap."""
+    return target.long() if target.dtype in (torch.uint8, torch.int32) else target
 
 
 def cross_entropy(
@@ -100,7 +109,8 @@ def cross_entropy(
     Returns:
         The loss, or a tuple of it, the lse and the argmax, as far as they are asked for.
     """
-    _check("cross_entropy", extras, reduction, input=input, target=target)
+    _check("cross_entropy", extras, reduction, ignore_index, input=input, target=target)
+    target = _widened(target)
     logits = input
     if extras.logit_scale != 1:
         logits = logits * extras.logit_scale
@@ -116,7 +126,7 @@ def cross_entropy(
     if extras.z_loss == 0:
         loss = mean_or(
             lambda how: loss_of(logits, target, weight, ignore_index, how, *options),
-            extras, reduction, target, weight, ignore_index, logits.dim(),
+            extras, reduction, target, weight, ignore_index, logits,
         )  # fmt: skip
     else:
         assert lse is not None
@@ -127,7 +137,7 @@ def cross_entropy(
         rows = (rows + squares.reshape(rows.shape)).to(rows.dtype)
         loss = mean_or(
             lambda how: rows if how == "none" else rows.sum(),
-            extras, reduction, target, weight, ignore_index, logits.dim(), own_mean=False,
+            extras, reduction, target, weight, ignore_index, logits, own_mean=False,
         )  # fmt: skip
     if not (extras.return_lse or extras.return_argmax):
         return loss
@@ -170,7 +180,9 @@ def linear_cross_entropy(
         See `cross_entropy`.
     """
     op = "linear_cross_entropy"
-    _check(op, extras, reduction, input=input, linear_weight=linear_weight, target=target)
+    tensors_of = {"input": input, "linear_weight": linear_weight, "target": target}
+    _check(op, extras, reduction, ignore_index, **tensors_of)
+    target = _widened(target)
     ignored = -100 if ignore_index is None else ignore_index
     rest = extras._replace(logit_scale=1.0)
     if extras.logit_scale != 1 and not rest.need_logits and input.dtype in _WIDE:
@@ -183,7 +195,7 @@ def linear_cross_entropy(
         def reduced(how: str) -> Tensor:
             return loss_of(*tensors, how, ignore_index, label_smoothing)
 
-        return mean_or(reduced, extras, reduction, target, weight, ignored, input.dim())
+        return mean_or(reduced, extras, reduction, target, weight, ignored, input)
     from torchext.ops import extras_autograd  # made of what is here
 
     result = extras_autograd.attempt(*tensors, extras, reduction, ignore_index, label_smoothing)
@@ -236,7 +248,7 @@ def mean_or(
     target: Tensor,
     weight: Tensor | None,
     ignore_index: int,
-    dims: int,
+    like: Tensor,
     own_mean: bool = True,
 ) -> Tensor:
     """Reduces a loss, a mean as `ignored_mean` says.
@@ -248,22 +260,29 @@ def mean_or(
         target: the targets.
         weight: of the classes.
         ignore_index: which targets count for nothing.
-        dims: how many dimensions the logits have.
+        like: the logits, or what has as many dimensions and their dtype.
         own_mean: whether `reduced` knows the mean that is NaN over no target.
     """
     if reduction != "mean" or (own_mean and extras.ignored_mean == "nan"):
         return reduced(reduction)
-    total = reduced("sum")
+    if like.dtype in _NARROW:  # a sum of float16 would overflow before it is divided
+        rows = reduced("none")
+        total, dtype = rows.float().sum(), rows.dtype
+    else:
+        total = reduced("sum")
+        dtype = total.dtype
     if target.is_floating_point():
-        mass = torch.full_like(total, target.numel() // target.shape[0 if dims == 1 else 1])
+        classes = target.shape[0 if like.dim() == 1 else 1]
+        mass = torch.full_like(total, target.numel() // classes)
     else:
         kept = target != ignore_index
         if weight is None:
             mass = kept.sum()
         else:
             index = target.masked_fill(~kept, 0).long()
-            mass = torch.where(kept, weight[index], torch.zeros_like(weight[index])).sum()
+            chosen = torch.where(kept, weight[index], torch.zeros_like(weight[index]))
+            mass = chosen.sum(dtype=total.dtype)
     if extras.ignored_mean == "zero":
         # The sum is 0 then, and so is its gradient.
         mass = torch.where(mass == 0, torch.ones_like(mass), mass)
-    return total / mass
+    return (total / mass).to(dtype)

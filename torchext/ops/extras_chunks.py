@@ -166,10 +166,11 @@ class Targets:
         self.kept: Tensor | None = None
         self.indices = target.dtype in INDICES
         if self.indices:
+            target = target.long()  # narrow ones would be compared in their own width, and wrap
             self.kept = target != options.ignore_index
             self._check(target, self.kept)
             # An ignored row has an lse, too: its class is any.
-            target = torch.where(self.kept, target, 0).long()
+            target = torch.where(self.kept, target, 0)
         self.target = target
         self.positions = target.shape if self.indices else target.shape[:1] + target.shape[2:]
 
@@ -209,7 +210,7 @@ class Targets:
         if _backend.route(z, target, op="cross_entropy", work=z.numel()) == _backend.OPERATOR:
             arguments = (z, target, self.weight, 0, -100, smoothing, False)
             rows, stats, _ = torch.ops.torchext.cross_entropy_forward(*arguments)
-            stats = stats.view(2, *rows.shape)
+            stats = with_nan(stats.view(2, *rows.shape), z, 1)
         else:
             rows = F.cross_entropy(
                 z, target, self.weight, reduction="none", label_smoothing=smoothing
@@ -275,6 +276,16 @@ class Targets:
     @staticmethod
     def _by_class(values: Tensor, z: Tensor) -> Tensor:
         return values.view(-1, *[1] * (z.dim() - 2))
+
+
+def with_nan(stats: Tensor, logits: Tensor, class_dim: int) -> Tensor:
+    """Gives maxima and sums the NaN of logits: the kernel's maximum passes it over."""
+    largest, total = stats
+    infinite = largest.isinf()
+    if logits.is_cpu and not infinite.any():
+        return stats  # a NaN is in the sum
+    largest = torch.where(infinite, logits.amax(class_dim).to(largest.dtype), largest)
+    return torch.stack([largest, total])
 
 
 def log_sum(stats: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from torchext import _autograd, _backend
-from torchext.ops.extras_chunks import log_sum, rows_per_chunk
+from torchext.ops.extras_chunks import log_sum, rows_per_chunk, with_nan
 from torchext.ops.linear_cross_entropy_fake import wide
 
 
@@ -49,7 +49,7 @@ class _Function(torch.autograd.Function):
         # Of the class that a position is given nothing comes into its statistics.
         target = torch.zeros(positions, dtype=torch.uint8, device=logits.device)
         stats = torch.ops.torchext.cross_entropy_forward(logits, target, None, 0, -100, 0.0, False)
-        stats = stats[1].view(2, *positions)
+        stats = with_nan(stats[1].view(2, *positions), logits, _class_dim(logits))
         ctx.save_for_backward(logits, stats)
         return log_sum(stats)
 

@@ -145,6 +145,8 @@ def _linear_cross_entropy(
     ignore_index: int | None,
     label_smoothing: float,
 ) -> Tensor:
+    if type(ignore_index) is bool:
+        raise TypeError
     tensors = (input, linear_weight, target, linear_bias, weight)
     ordinary = _backend.ordinary()
     narrow = None if ordinary else _backend.autocast_dtype(input)

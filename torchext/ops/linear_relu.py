@@ -151,22 +151,53 @@ def _fake_backward(
     )
 
 
+def _reference_backward(
+    grad_output: Tensor,
+    output: Tensor,
+    input: Tensor,
+    weight: Tensor,
+    input_grad: bool,
+    weight_grad: bool,
+    bias_grad: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients in stock ops, differentiable.
+
+    By the output, as stock: through it all arguments are in the graph, with a derivative of 0.
+    """
+    masked = torch.ops.aten.threshold_backward(grad_output, output, 0)
+    count = input.shape[:-1].numel()
+    rows, input_rows = (x.reshape(count, x.shape[-1]) for x in (masked, input))
+    nothing = grad_output
+    return (
+        masked @ weight if input_grad else nothing,
+        rows.mT @ input_rows if weight_grad else nothing,
+        rows.sum(0) if bias_grad else nothing,
+    )
+
+
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    input, weight, bias = inputs
-    ctx.save_for_backward(input, weight, bias, output)
+    input, weight, _ = inputs
+    needed = ctx.needs_input_grad
+    # As stock: what is not needed may be changed, and an input that is not needed be forgotten.
+    ctx.save_for_backward(input if needed[1] else None, weight if needed[0] else None, output)
+    ctx.unsaved = (None if needed[1] else input.shape, None if needed[0] else weight)
 
 
 def _backward(
     ctx: Any, grad_output: Tensor, run: Callable[..., Any] | None = None
 ) -> tuple[Tensor | None, ...]:
-    input, weight, bias, output = ctx.saved_tensors
+    input, weight, output = ctx.saved_tensors
     needed = ctx.needs_input_grad
+    # The kernel looks at the shapes of what it does not read.
+    shape, unsaved = ctx.unsaved
+    if shape is not None:
+        input = output.new_empty(()).expand(shape)
+    if unsaved is not None:
+        weight = unsaved
     if run is None and _autograd.plain_backward(ctx, grad_output):
         grads = _backward_kernel(grad_output, output, input, weight, *needed)
     elif _autograd.wants_reference(grad_output):
-        return _autograd.reference_gradients(
-            reference.linear_relu, (input, weight, bias), needed, grad_output
-        )
+        grads = _reference_backward(grad_output, output, input, weight, *needed)
     else:
         run = _backward_op if run is None else run
         grads = run(grad_output.resolve_neg(), output, input, weight, *needed)

@@ -1,0 +1,50 @@
+"""linear_relu keeps for backward what stock keeps: the rest may change, or go."""
+
+from __future__ import annotations
+
+import weakref
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import torchext
+
+
+@pytest.mark.parametrize("which", ["input", "weight", "bias"])
+@pytest.mark.parametrize("frozen", ["input", "weight"])
+def test_changes_after_forward_are_as_stocks(which: str, frozen: str) -> None:
+    """What no gradient needs may be changed in place; what one needs raises, as in stock."""
+    tensors = {"input": torch.randn(33, 9), "weight": torch.randn(40, 9), "bias": torch.randn(40)}
+    upstream = torch.randn(33, 40)
+    outcomes = []
+    for function in (torchext.linear_relu, lambda x, w, b: F.relu(F.linear(x, w, b))):
+        leaves = {name: t.clone().requires_grad_(name != frozen) for name, t in tensors.items()}
+        call = {name: leaf * 1 for name, leaf in leaves.items()}  # leaves may not be changed
+        output = function(call["input"], call["weight"], call["bias"])
+        with torch.no_grad():
+            call[which].add_(1)
+        wanted = [leaf for leaf in leaves.values() if leaf.requires_grad]
+        try:
+            outcomes.append(torch.autograd.grad(output, wanted, upstream))
+        except RuntimeError as error:
+            assert "modified by an inplace operation" in str(error)
+            outcomes.append(None)
+    ours, stock = outcomes
+    assert (ours is None) == (stock is None)
+    if ours is not None:
+        torch.testing.assert_close(ours, stock)
+
+
+def test_an_input_that_no_gradient_needs_is_let_go() -> None:
+    """A frozen weight: activations before it cost no memory."""
+    x = torch.randn(64, 32, requires_grad=True)
+    weight = torch.randn(16, 32)
+    hidden = x * 2
+    alive = weakref.ref(hidden)
+    output = torchext.linear_relu(hidden, weight)
+    del hidden
+    assert alive() is None
+    (gradient,) = torch.autograd.grad(output.sum(), x)
+    (expected,) = torch.autograd.grad(F.relu(F.linear(x * 2, weight)).sum(), x)
+    torch.testing.assert_close(gradient, expected)
