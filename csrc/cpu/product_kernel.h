@@ -92,13 +92,13 @@ TORCHEXT_INLINE void product_tile(const ProductTile<scalar_t>& tile) {
 }
 
 // A tile is a function of its own: inlined into its callers, its sums would not stay in registers.
-#if defined(__x86_64__)
 template <class Isa, typename scalar_t, int kRows, bool kUnit>
 struct ProductTileOf {
   [[gnu::noinline]] static void run(const ProductTile<scalar_t>& tile) {
     product_tile<Isa, scalar_t, kRows, kUnit>(tile);
   }
 };
+#if defined(__x86_64__)
 template <typename scalar_t, int kRows, bool kUnit>
 struct ProductTileOf<simd::Avx2, scalar_t, kRows, kUnit> {
   [[gnu::target("arch=x86-64-v3"), gnu::noinline]] static void run(
@@ -123,14 +123,28 @@ TORCHEXT_INLINE void run_product_tile(const ProductTile<scalar_t>& tile, int64_t
   kTiles[rows - 1](tile);
 }
 
+// Lanes of two vectors, by numbers that go on from the first to the second.
+template <int... kLane, typename T, int kLanes = sizeof...(kLane)>
+TORCHEXT_INLINE simd::Vector<T, kLanes> chosen_lanes(const T*, simd::Vector<T, kLanes> a,
+                                                     simd::Vector<T, kLanes> b) {
+#if defined(__clang__)
+  return __builtin_shufflevector(a, b, kLane...);
+#else
+  using Index = std::conditional_t<sizeof(T) == 8, int64_t, int32_t>;
+  return __builtin_shuffle(a, b, simd::Vector<Index, kLanes>{kLane...});
+#endif
+}
+
 // One step of a transposition: the upper right and the lower left quarters change places.
 template <int kStep, typename Value, int... kLane>
 TORCHEXT_INLINE void swap_quarters(Value& upper, Value& lower,
                                    std::integer_sequence<int, kLane...>) {
   constexpr int kLanes = sizeof...(kLane);
   const Value a = upper, b = lower;
-  upper = __builtin_shufflevector(a, b, ((kLane & kStep) ? kLanes + kLane - kStep : kLane)...);
-  lower = __builtin_shufflevector(a, b, ((kLane & kStep) ? kLanes + kLane : kLane + kStep)...);
+  using T = std::remove_reference_t<decltype(Value{}[0])>;
+  constexpr const T* kType = nullptr;
+  upper = chosen_lanes<((kLane & kStep) ? kLanes + kLane - kStep : kLane)...>(kType, a, b);
+  lower = chosen_lanes<((kLane & kStep) ? kLanes + kLane : kLane + kStep)...>(kType, a, b);
 }
 
 template <int kStep, int kLanes, typename Value>

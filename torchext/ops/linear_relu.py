@@ -166,11 +166,11 @@ def _reference_backward(
     """
     masked = torch.ops.aten.threshold_backward(grad_output, output, 0)
     count = input.shape[:-1].numel()
-    rows, input_rows = (x.reshape(count, x.shape[-1]) for x in (masked, input))
+    rows = masked.reshape(count, masked.shape[-1])
     nothing = grad_output
     return (
         masked @ weight if input_grad else nothing,
-        rows.mT @ input_rows if weight_grad else nothing,
+        rows.mT @ input.reshape(count, input.shape[-1]) if weight_grad else nothing,
         rows.sum(0) if bias_grad else nothing,
     )
 
