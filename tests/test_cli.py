@@ -2,6 +2,8 @@
 
 import functools
 import io
+import os
+import platform
 import re
 import subprocess
 import sys
@@ -277,6 +279,21 @@ def test_info(capsys):
     for name, backend in torchext.backends().items():
         state = "available" if backend.available else f"not available: {backend.reason}"
         assert re.search(rf"\b{name} +{re.escape(state)}$", printed.out, re.MULTILINE)
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="torch reads the variable on x86 alone")
+@pytest.mark.parametrize(("capability", "level"), [("default", "baseline"), ("avx2", "AVX2")])
+def test_the_instruction_set_is_lowered_as_torchs_is(capability, level):
+    if level == "AVX2" and torchext._native.simd_level() == "baseline":
+        pytest.skip("no AVX2 here")
+    done = subprocess.run(
+        [sys.executable, "-m", "torchext", "info"],
+        env=os.environ | {"ATEN_CPU_CAPABILITY": capability},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert re.search(rf"^simd +{level} \(torch: {capability.upper()}\)$", done.stdout, re.MULTILINE)
 
 
 def test_info_says_why_a_backend_is_missing(monkeypatch, capsys):

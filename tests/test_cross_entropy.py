@@ -30,6 +30,7 @@ SHAPES = [
     (1, 1),
     (1, 7),
     (4, 1),
+    (70, 1),
     (16, 16),
     (33, 17),
     (3, 4100),
@@ -81,6 +82,11 @@ def contiguous(x: Tensor) -> Tensor:
     return x.contiguous()
 
 
+def overlapping(x: Tensor) -> Tensor:
+    """Windows that begin one element apart, as `unfold` makes them: all strides are 1."""
+    return x.flatten()[: sum(size - 1 for size in x.shape) + 1].as_strided(x.shape, [1] * x.dim())
+
+
 LAYOUTS: list[Layout] = [
     contiguous,
     channels_last,
@@ -89,6 +95,7 @@ LAYOUTS: list[Layout] = [
     sliced,
     strided,
     expanded,
+    overlapping,
 ]
 
 

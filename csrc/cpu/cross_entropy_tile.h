@@ -212,7 +212,10 @@ TORCHEXT_INLINE double process_block(const CrossEntropyArgs<scalar_t>& args, int
   };
   double total = 0;
   int64_t s = begin;
-  for (; args.input_strides.inner == 1 && s + kLanes * kWidth <= end; s += kLanes * kWidth) {
+  const bool side_by_side = args.input_strides.inner == 1 &&
+                            (!args.probabilities || args.probability_strides.inner == 1) &&
+                            (!args.gradient || args.gradient_strides.inner == 1);
+  for (; side_by_side && s + kLanes * kWidth <= end; s += kLanes * kWidth) {
     const auto gradient = column(args.gradient, args.gradient_strides, s);
     total += process_tile<Isa, scalar_t, kDense, kWidth>(
         args, n * inner + s, kLanes * kWidth, column(args.input, args.input_strides, s),
@@ -225,7 +228,7 @@ TORCHEXT_INLINE double process_block(const CrossEntropyArgs<scalar_t>& args, int
     auto probabilities = column(args.probabilities, args.probability_strides, s);
     auto gradient = column(args.gradient, args.gradient_strides, s);
     const auto result = gradient;
-    const bool pad = count < kLanes || args.input_strides.inner != 1;
+    const bool pad = count < kLanes || !side_by_side;
     if (pad) {
       padded.resize(3 * classes * kLanes);
       scalar_t* buffer = padded.data();

@@ -6,8 +6,10 @@
 // depends on nothing but the row, and NaN and infinity keep their meaning.
 #pragma once
 
+#include <algorithm>
 #include <bit>
 #include <cstdint>
+#include <cstdlib>
 #include <cstring>
 #include <limits>
 #include <type_traits>
@@ -37,15 +39,36 @@ struct Avx512 {
 
 enum class Level : int { kBaseline = 0, kAvx2 = 1, kAvx512 = 2 };
 
-inline Level level() {
+// The features of x86-64-v4 and -v3 that no processor has without the others; the levels' own names
+// are unknown to g++ 11.
+inline Level detect_level() {
 #if defined(__x86_64__)
-  static const Level detected = __builtin_cpu_supports("x86-64-v4")   ? Level::kAvx512
-                                : __builtin_cpu_supports("x86-64-v3") ? Level::kAvx2
-                                                                      : Level::kBaseline;
-  return detected;
+  if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma") ||
+      !__builtin_cpu_supports("bmi2")) {
+    return Level::kBaseline;
+  }
+  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                 __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512dq") &&
+                 __builtin_cpu_supports("avx512vl")
+             ? Level::kAvx512
+             : Level::kAvx2;
 #else
   return Level::kBaseline;
 #endif
+}
+
+// What the machine has, or less where ATEN_CPU_CAPABILITY says so, as it does to torch's own
+// kernels.
+inline Level level() {
+  static const Level chosen = [] {
+    const char* wanted = std::getenv("ATEN_CPU_CAPABILITY");
+    const Level most = !wanted                               ? Level::kAvx512
+                       : std::strcmp(wanted, "default") == 0 ? Level::kBaseline
+                       : std::strcmp(wanted, "avx2") == 0    ? Level::kAvx2
+                                                             : Level::kAvx512;
+    return std::min(most, detect_level());
+  }();
+  return chosen;
 }
 
 // Defines `name<scalar_t>(args, begin, end)`, which runs `body<Isa, scalar_t>(args, begin, end)`.
@@ -112,6 +135,11 @@ TORCHEXT_INLINE Vector<T, kLanes> load_raw(const T* pointer) {
   return value;
 }
 
+template <typename Bits, typename T>
+TORCHEXT_INLINE void store_raw(T* pointer, Bits value) {
+  __builtin_memcpy(pointer, &value, sizeof(value));
+}
+
 // IEEE half to float and back on integers, branch-free (the subnormals by one exact subtraction).
 template <int kLanes>
 TORCHEXT_INLINE Vector<float, kLanes> half_to_float(Vector<uint32_t, kLanes> half) {
@@ -152,19 +180,25 @@ TORCHEXT_INLINE Vector<uint32_t, kLanes> float_to_bfloat16(Vector<float, kLanes>
   return (bits & 0x7fffffffu) > 0x7f800000u ? Bits{} + 0x7fc0u : rounded;
 }
 
+// The float values of bfloat16 or float16 bits.
+template <typename scalar_t, int kLanes>
+TORCHEXT_INLINE Vector<float, kLanes> widen(Vector<uint16_t, kLanes> narrow) {
+  const auto wide = __builtin_convertvector(narrow, Vector<uint32_t, kLanes>);
+  if constexpr (std::is_same_v<scalar_t, BFloat16>) {
+    return bits_as<Vector<float, kLanes>>(wide << 16);
+  } else {
+    return half_to_float<kLanes>(wide);
+  }
+}
+
 // Loads and stores convert between the tensor's dtype and the accumulation type.
 template <int kLanes, typename scalar_t>
 TORCHEXT_INLINE Vector<acc_type<scalar_t>, kLanes> load(const scalar_t* pointer) {
   if constexpr (std::is_same_v<scalar_t, acc_type<scalar_t>>) {
     return load_raw<scalar_t, kLanes>(pointer);
   } else {
-    const auto narrow = load_raw<uint16_t, kLanes>(reinterpret_cast<const uint16_t*>(pointer));
-    const auto wide = __builtin_convertvector(narrow, Vector<uint32_t, kLanes>);
-    if constexpr (std::is_same_v<scalar_t, BFloat16>) {
-      return bits_as<Vector<float, kLanes>>(wide << 16);
-    } else {
-      return half_to_float<kLanes>(wide);
-    }
+    return widen<scalar_t, kLanes>(
+        load_raw<uint16_t, kLanes>(reinterpret_cast<const uint16_t*>(pointer)));
   }
 }
 
