@@ -49,6 +49,27 @@ def test_any_batch_gives_a_row_the_same_bits(
     input = torch.randn(rows, inner, dtype=dtype)
     weight, bias = torch.randn(columns, inner, dtype=dtype), torch.randn(columns, dtype=dtype)
     whole = torchext.linear_relu(input, weight, bias)
+    gapped = torch.stack([input, input], -1)[..., 0]  # a row of one, too, with a step of two
     for begin, end in ((0, 1), (rows // 2, rows), (3, 5)):
-        part = torchext.linear_relu(input[begin:end], weight, bias)
-        assert torch.equal(part, whole[begin:end])
+        for features in (input, gapped):
+            part = torchext.linear_relu(features[begin:end], weight, bias)
+            assert torch.equal(part, whole[begin:end])
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("dtype", WIDE, ids=str)
+def test_any_batch_gives_a_row_the_same_gradient(
+    dtype: torch.dtype, shape: tuple[int, int, int]
+) -> None:
+    """That of its input; and zero rows beside it leave those of weight and bias as they are."""
+    rows, inner, columns = shape
+    sizes = ((rows, inner), (columns, inner), (columns,), (rows, columns))
+    input, weight, bias, upstream = (torch.randn(size, dtype=dtype) for size in sizes)
+    whole = results(input, weight, bias, upstream)
+    for features, gradient in ((input, upstream), (input, upstream.t().contiguous().t())):
+        alone = results(features[:1], weight, bias, gradient[:1])
+        assert torch.equal(alone[1], whole[1][:1])
+    zeros = torch.zeros_like(upstream)
+    zeros[0] = upstream[0]
+    for actual, expected in zip(alone[2:], results(input, weight, bias, zeros)[2:], strict=True):
+        assert torch.equal(actual, expected)

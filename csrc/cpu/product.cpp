@@ -5,13 +5,11 @@
 
 #include "cpu/dispatch.h"
 #include "cpu/product_kernel.h"
+#include "cpu/product_row.h"
 
 namespace torchext::cpu {
 namespace {
 
-// Inner steps between two visits of out: a packed strip and panel of so many are in the first cache
-// together. Fixed, so that the order of a sum is.
-constexpr int64_t kInner = 256;
 // Rows for which the right matrix is packed by whoever needs it, panel by panel, and the left one
 // is read as it stands.
 constexpr int64_t kFewRows = 128;
@@ -23,11 +21,6 @@ constexpr int64_t kPackedBytes = int64_t{4} << 20;
 constexpr int64_t kDirectBytes = int64_t{512} << 10;
 // Multiplications below which another thread costs more than it saves.
 constexpr int64_t kGrain = int64_t{1} << 18;
-
-int64_t divide_up(int64_t value, int64_t by) { return (value + by - 1) / by; }
-
-// Block `index` of `blocks` that share `total` as evenly as they can.
-int64_t share(int64_t total, int64_t blocks, int64_t index) { return total * index / blocks; }
 
 template <typename scalar_t>
 struct Tasks {
@@ -82,6 +75,9 @@ TORCHEXT_INLINE void pack_panels(const Tasks<scalar_t>& tasks, int64_t begin, in
 }
 TORCHEXT_SIMD_FUNCTION(pack_right, pack_panels, Tasks)
 
+TORCHEXT_SIMD_FUNCTION(run_row, row_panels, Product)
+TORCHEXT_SIMD_FUNCTION(run_outer, outer_rows, Product)
+
 template <typename scalar_t>
 int64_t panel_columns() {
   switch (simd::level()) {
@@ -119,12 +115,12 @@ void Product<scalar_t>::run() const {
   const int64_t panels = divide_up(columns, panel_columns<scalar_t>());
   const auto threads = static_cast<int64_t>(torch::stable::get_num_threads());
   const int64_t shares = std::clamp<int64_t>(rows * inner * columns / kGrain, 1, threads);
-  const int64_t inner_blocks = std::max<int64_t>(1, divide_up(inner, kInner));
+  if (rows == 1 || (inner == 1 && right.column_stride == 1)) return run_thin(shares);
   const bool direct =
       right.column_stride == 1 &&
       std::min(inner, kInner) * right.row_stride * int64_t{sizeof(scalar_t)} <= kDirectBytes;
-  Tasks<scalar_t> tasks{this,         1,       1,     0,      panels, inner_blocks, 0,
-                        inner_blocks, nullptr, false, !direct};
+  const int64_t blocks = inner_blocks(inner);
+  Tasks<scalar_t> tasks{this, 1, 1, 0, panels, blocks, 0, blocks, nullptr, false, !direct};
   if (rows <= kFewRows || direct) {
     if (by_rows && rows >= shares) {
       tasks.row_blocks = std::max(shares, divide_up(rows, kFewRows));
@@ -149,7 +145,7 @@ void Product<scalar_t>::run() const {
     const int64_t here = tasks.panel_end - first;
     tasks.panel_groups = std::clamp<int64_t>(divide_up(4 * shares, tasks.row_blocks), 1, here);
     const int64_t count = tasks.row_blocks * tasks.panel_groups;
-    for (int64_t i = 0; i < inner_blocks; ++i) {
+    for (int64_t i = 0; i < blocks; ++i) {
       tasks.inner_from = i;
       tasks.inner_to = i + 1;
       for_each_block(here, divide_up(here, shares),
@@ -158,6 +154,25 @@ void Product<scalar_t>::run() const {
                      [&](int64_t begin, int64_t end) { run_product<scalar_t>(tasks, begin, end); });
     }
   }
+}
+
+// A batch of one: see product_row.h.
+template <typename scalar_t>
+void Product<scalar_t>::run_thin(int64_t shares) const {
+  if (rows > 1) {
+    return for_each_block(rows, divide_up(rows, shares), [&](int64_t begin, int64_t end) {
+      run_outer<scalar_t>(*this, begin, end);
+    });
+  }
+  Product row = *this;
+  if (left.column_stride != 1) {
+    scalar_t* copy = scratch<scalar_t>(0, inner);
+    for (int64_t k = 0; k < inner; ++k) copy[k] = *left.at(0, k);
+    row.left = {copy, inner, 1};
+  }
+  const int64_t panels = divide_up(columns, panel_columns<scalar_t>());
+  for_each_block(panels, divide_up(panels, shares),
+                 [&](int64_t begin, int64_t end) { run_row<scalar_t>(row, begin, end); });
 }
 
 template void Product<float>::run() const;

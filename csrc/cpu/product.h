@@ -31,6 +31,9 @@ struct Product {
   bool by_rows = false;
 
   void run() const;
+
+ private:
+  void run_thin(int64_t shares) const;
 };
 
 // Whether our own kernel takes products of so many multiplications on this machine.
