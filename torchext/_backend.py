@@ -17,6 +17,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd import forward_ad
 from torch.nn import Parameter
 from torch.nn.parameter import Buffer
@@ -118,7 +119,7 @@ def ordinary(any_backend: bool = False, autocast: bool = False) -> bool:
     )
 
 
-def route(*tensors: Tensor | None, op: str = "", work: int = 0) -> int:
+def route(*tensors: Tensor | None, op: str = "", work: int = 0, fake: bool = False) -> int:
     """Returns where a call that is not `ordinary` goes: `OPERATOR`, `TRITON` or `EAGER`.
 
     The first tensor decides the dtype; the kernels' own checks judge the others' dtypes.
@@ -127,6 +128,7 @@ def route(*tensors: Tensor | None, op: str = "", work: int = 0) -> int:
         *tensors: the call's; the first is not None.
         op: the op, where it has kernels beside the C++ ones for the CPU.
         work: how large the call is, as `_choice.Measured` counts it.
+        fake: whether fake tensors may go to the operator, where nothing is compiled.
     """
     first = tensors[0]
     if (
@@ -145,8 +147,9 @@ def route(*tensors: Tensor | None, op: str = "", work: int = 0) -> int:
     place = _place(first, op, work)
     if _is_compiling() or _tracing_state() is not None:
         return place
+    plain = PLAIN | {FakeTensor} if fake else PLAIN
     for tensor in tensors:
-        if tensor is not None and type(tensor) not in PLAIN:
+        if tensor is not None and type(tensor) not in plain:
             return EAGER
     return place
 

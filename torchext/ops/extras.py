@@ -5,8 +5,9 @@ r"""What the losses can do beside the stock ones, made of differentiable ops.
     loss_n = cross_entropy(z)_n + z_loss lse_n^2     nothing where the target is ignored
 
 Every backend serves them, by its own cross_entropy and torch's ops around it; those of
-linear_cross_entropy by chunks of rows where it can (extras_autograd.py). `z_loss` and
-`softcap` are those of PaLM (Chowdhery et al., 2022) and Gemma 2 (Gemma team, 2024).
+linear_cross_entropy by chunks of rows where it can (extras_autograd.py; of a compiled call,
+extras_operator.py). `z_loss` and `softcap` are those of PaLM (Chowdhery et al., 2022) and Gemma 2
+(Gemma team, 2024).
 
 Siblings: torchext/ops/cross_entropy.py, torchext/ops/linear_cross_entropy.py, tests/test_extras.py.
 """

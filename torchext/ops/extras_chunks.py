@@ -41,6 +41,11 @@ class Options(NamedTuple):
     dtype: torch.dtype
     """The loss's."""
 
+    @property
+    def at_once(self) -> bool:
+        """Whether forward knows the gradients but for that of the loss, a factor."""
+        return self.reduction != "none" and not self.extras.return_lse
+
 
 def rows_per_chunk(rows: int, columns: int, like: Tensor) -> int:
     """Returns how many rows of logits are made at once."""
@@ -54,9 +59,8 @@ class Linear:
 
     Args:
         input: (N, H).
-        linear_weight: (C * D, H).
-        linear_bias: (C * D).
-        inner: (C, d1, ..., dK).
+        linear_weight: (C, d1, ..., dK, H).
+        linear_bias: (C, d1, ..., dK).
         softcap: whether the gradient needs a factor for each logit.
     """
 
@@ -65,12 +69,13 @@ class Linear:
         input: Tensor,
         linear_weight: Tensor,
         linear_bias: Tensor | None,
-        inner: tuple[int, ...],
         softcap: bool,
     ) -> None:
+        self.shape = linear_weight.shape[:-1]
+        linear_weight = linear_weight.reshape(-1, linear_weight.shape[-1])
+        linear_bias = None if linear_bias is None else linear_bias.reshape(-1)
         self.tensors = (input, linear_weight, linear_bias)
         self.rows, columns = len(input), len(linear_weight)
-        self.shape = inner
         self.chunk = rows_per_chunk(self.rows, columns, input)
         self._logits = input.new_empty((self.chunk, columns))
         sums = wide(input.dtype)
@@ -81,9 +86,11 @@ class Linear:
 
     def want(self, needed: tuple[bool, bool, bool]) -> None:
         """Makes room for gradients: those of narrow tensors are summed in float32."""
+        # Over no rows nothing is written.
+        make = torch.empty_like if self.rows > 0 else torch.zeros_like
         for i, (tensor, need) in enumerate(zip(self.tensors, needed, strict=True)):
             if need and tensor is not None:
-                self._gradients[i] = torch.empty_like(tensor, memory_format=torch.contiguous_format)
+                self._gradients[i] = make(tensor, memory_format=torch.contiguous_format)
         _, weight, bias = self._gradients
         if weight is not None and weight.dtype is not self._z.dtype and self.chunk < self.rows:
             self._sums[0] = torch.zeros_like(weight, dtype=self._z.dtype)
@@ -139,7 +146,12 @@ class Linear:
         for gradient, total in zip(self._gradients[1:], self._sums, strict=True):
             if gradient is not None and total is not None:
                 gradient.copy_(total)
-        return tuple(self._gradients)
+        of_input, of_weight, of_bias = self._gradients
+        return (
+            of_input,
+            None if of_weight is None else of_weight.view(*self.shape, of_weight.shape[-1]),
+            None if of_bias is None else of_bias.view(self.shape),
+        )
 
 
 class Targets:
@@ -187,7 +199,9 @@ class Targets:
     def mass(self) -> Tensor:
         """Returns what a mean divides by, in float64."""
         if self.kept is None:
-            return torch.tensor(self.positions.numel(), dtype=torch.float64)
+            # Made where it is used: a CUDA graph cannot capture a copy from the host.
+            count, device = self.positions.numel(), self.target.device
+            return torch.full((), count, dtype=torch.float64, device=device)
         if self.weight is None:
             mass = self.kept.sum(dtype=torch.float64)
         else:

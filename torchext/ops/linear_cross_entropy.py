@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
+import torchext.ops.extras_operator  # noqa: F401 (registers the operators)
 from torchext import _autograd, _backend, _errors, _native, reference
 from torchext.ops import extras as with_extras
 from torchext.ops import extras_autograd
@@ -62,9 +63,9 @@ def linear_cross_entropy(
     float32, float64, bfloat16 and float16 run on the fused kernels, on the CPU or a GPU, with
     class indices and probabilities, class weights, label smoothing and every reduction, under
     autocast and with K-dimensional weights (the CUDA library takes neither these nor the wide class
-    weights of autocast). The extras walk chunks of rows as well, by the cross_entropy kernels of
-    the CPU or of CUDA. Anything else (functorch transforms, second derivatives, compiled extras)
-    runs as the two stock ops, on the whole logits.
+    weights of autocast). The extras walk chunks of rows as well, compiled or not, by the
+    cross_entropy kernels of the CPU or of CUDA. Anything else (functorch transforms, second
+    derivatives, extras under torch.jit.trace) runs as the two stock ops, on the whole logits.
 
     Args:
         input: the features.

@@ -62,6 +62,51 @@ def fit(input: Tensor, linear_weight: Tensor, target: Tensor, linear_bias: Tenso
     )
 
 
+def go_together(
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    linear_bias: Tensor | None,
+    weight: Tensor | None,
+    dtype: torch.dtype,
+) -> bool:
+    """Whether shapes and dtypes are those of a call that goes by chunks.
+
+    Args:
+        input: (*, H).
+        linear_weight: (C, H), or (C, d1, ..., dK, H) with input (N, H).
+        target: (*), (N, d1, ..., dK) or (N, C, d1, ..., dK).
+        linear_bias: linear_weight's shape without H.
+        weight: (C).
+        dtype: that of probabilities and weight.
+    """
+    if linear_weight.dim() < 2 or input.dim() < 1:
+        return False
+    inner = linear_weight.shape[:-1]
+    if target.dtype in INDICES:
+        fitting = target.shape == input.shape[:-1] + inner[1:]
+    else:
+        fitting = (
+            target.shape == input.shape[:-1] + inner
+            and target.dtype is dtype
+            and not target.requires_grad
+            and input.dim() == 2
+        )
+    return (
+        fitting
+        and (len(inner) == 1 or input.dim() == 2)
+        and input.shape[-1] == linear_weight.shape[-1]
+        and linear_weight.dtype is input.dtype
+        and (
+            linear_bias is None or (linear_bias.shape == inner and linear_bias.dtype is input.dtype)
+        )
+        and (
+            weight is None
+            or (weight.shape == inner[:1] and weight.dtype is dtype and not weight.requires_grad)
+        )
+    )
+
+
 def scripted(
     input: Tensor,
     linear_weight: Tensor,
