@@ -21,6 +21,8 @@ constexpr int64_t kPackedBytes = int64_t{4} << 20;
 constexpr int64_t kDirectBytes = int64_t{512} << 10;
 // Multiplications below which another thread costs more than it saves.
 constexpr int64_t kGrain = int64_t{1} << 18;
+// Of a batch of one, where each reads an element from memory.
+constexpr int64_t kThinGrain = int64_t{1} << 16;
 
 template <typename scalar_t>
 struct Tasks {
@@ -115,7 +117,9 @@ void Product<scalar_t>::run() const {
   const int64_t panels = divide_up(columns, panel_columns<scalar_t>());
   const auto threads = static_cast<int64_t>(torch::stable::get_num_threads());
   const int64_t shares = std::clamp<int64_t>(rows * inner * columns / kGrain, 1, threads);
-  if (rows == 1 || (inner == 1 && right.column_stride == 1)) return run_thin(shares);
+  if (rows == 1 || (inner == 1 && right.column_stride == 1)) {
+    return run_thin(std::clamp<int64_t>(rows * inner * columns / kThinGrain, 1, threads));
+  }
   const bool direct =
       right.column_stride == 1 &&
       std::min(inner, kInner) * right.row_stride * int64_t{sizeof(scalar_t)} <= kDirectBytes;

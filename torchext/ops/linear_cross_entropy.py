@@ -27,7 +27,7 @@ from torchext.ops import linear_cross_entropy_fake as fakes
 from torchext.ops import linear_cross_entropy_gpu as gpu
 from torchext.ops.cross_entropy_fake import REDUCTIONS
 from torchext.ops.extras import Extras
-from torchext.ops.linear_cross_entropy_call import INDICES, cast_by_autocast, fit
+from torchext.ops.linear_cross_entropy_call import INDICES, by_stock, cast_by_autocast, fit
 
 _CODES = {name: code for code, name in enumerate(REDUCTIONS)}
 _FLOAT32, _FLOAT64 = torch.float32, torch.float64
@@ -131,7 +131,8 @@ def linear_cross_entropy(
 
 def _attempt(*arguments: Any) -> Tensor:
     try:
-        return _linear_cross_entropy(*arguments)
+        loss = by_stock(*arguments)
+        return _linear_cross_entropy(*arguments) if loss is None else loss
     except _errors.REFUSALS as error:
         return _settle(error, *arguments)
 
