@@ -21,6 +21,7 @@ using simd::acc_type;
 constexpr int64_t kBufferBytes = (int64_t{32} << 20) - (int64_t{64} << 10);
 constexpr int64_t kMinRows = 256;
 constexpr int64_t kColumnsPerBlock = 512;
+constexpr int64_t kRowsPerSum = 64;
 
 int64_t rows_per_chunk(int64_t rows, int64_t classes, int64_t element_size) {
   const int64_t fit = kBufferBytes / std::max<int64_t>(classes * element_size, 1);
@@ -28,20 +29,25 @@ int64_t rows_per_chunk(int64_t rows, int64_t classes, int64_t element_size) {
   return std::max<int64_t>(1, std::min(rows, std::max(kMinRows, aligned)));
 }
 
-// sums[c] += the sum of column c, rows in order, so that no thread count changes it.
+// sums[c] += the sum of column c: of kRowsPerSum rows in order, and of those, so that no thread
+// count changes it, and a million rows of one sign lose no digits.
 template <typename scalar_t>
-void add_column_sums(const scalar_t* data, int64_t rows, int64_t columns,
-                     acc_type<scalar_t>* sums) {
+void add_column_sums(const scalar_t* data, int64_t rows, int64_t columns, double* sums) {
   const int64_t blocks = (columns + kColumnsPerBlock - 1) / kColumnsPerBlock;
   for_each_block(blocks, cpu::kGrain / (rows * kColumnsPerBlock + 1),
                  [&](int64_t begin, int64_t end) {
                    for (int64_t block = begin; block < end; ++block) {
                      const int64_t first = block * kColumnsPerBlock;
-                     const int64_t last = std::min(columns, first + kColumnsPerBlock);
-                     for (int64_t row = 0; row < rows; ++row) {
-                       const scalar_t* values = data + row * columns;
-                       for (int64_t c = first; c < last; ++c)
-                         sums[c] += static_cast<acc_type<scalar_t>>(values[c]);
+                     const int64_t count = std::min(columns - first, kColumnsPerBlock);
+                     for (int64_t row = 0; row < rows; row += kRowsPerSum) {
+                       acc_type<scalar_t> part[kColumnsPerBlock] = {};
+                       const int64_t last = std::min(rows, row + kRowsPerSum);
+                       for (int64_t r = row; r < last; ++r) {
+                         const scalar_t* values = data + r * columns + first;
+                         for (int64_t c = 0; c < count; ++c)
+                           part[c] += static_cast<acc_type<scalar_t>>(values[c]);
+                       }
+                       for (int64_t c = 0; c < count; ++c) sums[first + c] += part[c];
                      }
                    }
                  });
@@ -189,7 +195,7 @@ class Products {
 
   const Problem& problem_;
   Gradients& gradients_;
-  std::vector<acc_t> bias_sums_;
+  std::vector<double> bias_sums_;
   cpu::WideSum<scalar_t> weight_sum_;  // of narrow chunks
   std::optional<Head> head_;
 };

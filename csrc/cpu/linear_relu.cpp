@@ -201,7 +201,7 @@ std::tuple<Tensor, Tensor, Tensor> linear_relu_backward_cpu(const Tensor& grad_o
     using scalar_t = decltype(zero);
     using acc_t = acc_type<scalar_t>;
     const int64_t blocks = (rows + kRowsPerBlock - 1) / kRowsPerBlock;
-    std::vector<acc_t> partial(bias_grad ? std::max<int64_t>(blocks, 1) * columns : 0);
+    std::vector<acc_t> partial(bias_grad ? blocks * columns : 0);
     const MaskArgs<scalar_t> args{static_cast<const scalar_t*>(grad.const_data_ptr()),
                                   static_cast<const scalar_t*>(result.const_data_ptr()),
                                   static_cast<scalar_t*>(grad_linear.mutable_data_ptr()),
@@ -212,10 +212,12 @@ std::tuple<Tensor, Tensor, Tensor> linear_relu_backward_cpu(const Tensor& grad_o
                    [&](int64_t begin, int64_t end) { mask<scalar_t>(args, begin, end); });
     if (bias_grad) {
       scalar_t* bias = static_cast<scalar_t*>(grad_bias.mutable_data_ptr());
-      for (int64_t block = 1; block < blocks; ++block) {
-        for (int64_t i = 0; i < columns; ++i) partial[i] += partial[block * columns + i];
+      // In double: the blocks of a million rows are many, too.
+      std::vector<double> total(columns);
+      for (int64_t block = 0; block < blocks; ++block) {
+        for (int64_t i = 0; i < columns; ++i) total[i] += partial[block * columns + i];
       }
-      for (int64_t i = 0; i < columns; ++i) bias[i] = static_cast<scalar_t>(partial[i]);
+      for (int64_t i = 0; i < columns; ++i) bias[i] = static_cast<scalar_t>(total[i]);
     }
   });
 

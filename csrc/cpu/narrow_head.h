@@ -153,8 +153,13 @@ TORCHEXT_INLINE void head_backward_blocks(const HeadArgs<scalar_t>& args, int64_
     }
     if (args.bias_sums) {
       scalar_t* sums = args.bias_sums + block * kHeadClasses;
-      for (int64_t row = first; row < last; ++row) {
-        for (int64_t c = 0; c < kHeadClasses; ++c) sums[c] += args.logits[row * kHeadClasses + c];
+      // kHeadRows at a time: a long sum of one sign would lose digits.
+      for (int64_t from = first; from < last; from += kHeadRows) {
+        scalar_t part[kHeadClasses] = {};
+        for (int64_t row = from; row < std::min(last, from + kHeadRows); ++row) {
+          for (int64_t c = 0; c < kHeadClasses; ++c) part[c] += args.logits[row * kHeadClasses + c];
+        }
+        for (int64_t c = 0; c < kHeadClasses; ++c) sums[c] += part[c];
       }
     }
   }
