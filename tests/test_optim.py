@@ -215,6 +215,40 @@ def test_refusals_change_nothing() -> None:
     assert torch.equal(param, torch.ones(4))
 
 
+@pytest.mark.parametrize("what", ["gradient", "momentum"])
+def test_a_refused_group_does_not_make_the_others_step_twice(what: str) -> None:
+    stock, ours = pair(torch.float32, lr=0.1, momentum=0.9)
+    for optimizer in (stock, ours):
+        param = torch.ones(3, requires_grad=True)
+        param.grad_dtype = None  # any
+        optimizer.add_param_group({"params": [param], "lr": 0.3})
+    for _ in range(3):
+        random_gradients(stock, ours)
+        for optimizer in (stock, ours):
+            last = params(optimizer)[-1]
+            assert last.grad is not None
+            if what == "gradient":
+                last.grad = last.grad.double()
+            elif "momentum_buffer" in optimizer.state[last]:
+                momentum = optimizer.state[last]["momentum_buffer"]
+                optimizer.state[last]["momentum_buffer"] = momentum.double()
+            optimizer.step()
+    assert_same(stock, ours)
+
+
+def test_momentum_of_another_shape_is_refused() -> None:
+    for optimizer in pair(torch.float32, lr=0.1, momentum=0.9):
+        weight = params(optimizer)[0]
+        weight.grad = torch.ones_like(weight)
+        optimizer.step()
+        momentum = optimizer.state[weight]["momentum_buffer"]
+        optimizer.state[weight]["momentum_buffer"] = momentum.t().contiguous()
+        before = weight.detach().clone()
+        with pytest.raises(RuntimeError, match="size"):
+            optimizer.step()
+        torch.testing.assert_close(weight.detach(), before, rtol=0, atol=0)
+
+
 def test_opcheck() -> None:
     tensors = [[torch.randn(5, 3), torch.randn(2)] for _ in range(3)]
     torch.library.opcheck(

@@ -113,8 +113,8 @@ def _arguments(group: dict[str, Any], state: dict[Tensor, Any]) -> tuple[Any, ..
 def _run(calls: list[tuple[Any, ...]]) -> bool:
     """Makes the step of every group; False, with nothing changed, where the kernel refuses one."""
     if len(calls) > 1:
-        for call in calls:
-            if not all(map(_served, (*call[0], *call[1], *call[2]))):
+        for params, grads, buffers, *_ in calls:
+            if not all(map(_served, (*params, *grads, *buffers), 3 * params)):
                 return False
     for params, grads, buffers, *options in calls:
         if params:
@@ -126,13 +126,16 @@ def _run(calls: list[tuple[Any, ...]]) -> bool:
     return True
 
 
-def _served(tensor: Tensor) -> bool:
+def _served(tensor: Tensor, param: Tensor) -> bool:
     """What the kernel checks: with several groups, none is to be refused after another's step."""
     return (
-        (tensor.dtype is torch.float32 or tensor.dtype is torch.float64)
+        (param.dtype is torch.float32 or param.dtype is torch.float64)
+        and tensor.dtype is param.dtype
+        and tensor.shape == param.shape
         and tensor.is_cpu
         and tensor.layout is torch.strided
         and tensor.is_contiguous()
+        and not tensor._is_zerotensor()
     )
 
 

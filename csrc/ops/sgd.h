@@ -16,7 +16,7 @@ inline void check_sgd(const std::vector<Tensor>& params, const std::vector<Tenso
                  " momentum_buffers, but got ", grads.size(), " and ", momentum_buffers.size());
   const auto check = [&](const Tensor& tensor, const Tensor& param, const char* name, size_t i) {
     TORCHEXT_CHECK(tensor.scalar_type() == param.scalar_type() && tensor.is_contiguous() &&
-                       tensor.numel() == param.numel(),
+                       sizes_of(tensor) == sizes_of(param),
                    "sgd_: expected ", name, "[", i, "] to be contiguous, of shape ",
                    shape_string(param), " and dtype ", dtype_string(param), ", but got shape ",
                    shape_string(tensor), " and dtype ", dtype_string(tensor));
