@@ -217,6 +217,18 @@ def test_odd_input_that_stock_takes(call: Call, name: str) -> None:
             torch.testing.assert_close(result, expected, equal_nan=True)
 
 
+@pytest.mark.filterwarnings("ignore:reduction='elementwise_mean' is deprecated")
+@pytest.mark.parametrize("op", ["cross_entropy", "linear_cross_entropy"])
+@pytest.mark.parametrize("name", ["native", "auto"])
+def test_the_old_name_of_the_mean(op: str, name: str) -> None:
+    ours = getattr(torchext, op)
+    arguments = (X, T) if op == "cross_entropy" else (X, torch.eye(X.shape[1]), T)
+    with torchext.use_backend(name):
+        torch.testing.assert_close(
+            ours(*arguments, reduction="elementwise_mean"), F.cross_entropy(X, T)
+        )
+
+
 def test_a_bad_call_leaves_the_next_one_alone() -> None:
     with torchext.use_backend("native"):
         for call in CROSS_ENTROPY.values():

@@ -285,12 +285,12 @@ def _settle(
             ("label_smoothing", label_smoothing, _errors.FLOAT),
         ),
     )
-    if reduction not in _NAMES:
+    if reduction not in (*_NAMES, *cross_entropy_fake.DEPRECATED_REDUCTIONS):
         raise ValueError(
             f"cross_entropy: expected reduction to be one of {_NAMES}, but got {reduction!r}: "
             f"{reduction} is not a valid value for reduction"
         ) from None
-    code = _REDUCTIONS[reduction]
+    code = _REDUCTIONS.get(reduction, 1)
     return _errors.settle(
         error,
         "cross_entropy",

@@ -11,6 +11,8 @@ from torch import Tensor
 from torchext import reference
 
 REDUCTIONS = ("none", "mean", "sum")
+# What stock takes, with a warning, for "mean": the eager definition has it.
+DEPRECATED_REDUCTIONS = ("elementwise_mean",)
 
 
 def empty_gradient(input: Tensor) -> Tensor:

@@ -25,7 +25,7 @@ from torchext.ops import extras as with_extras
 from torchext.ops import extras_autograd
 from torchext.ops import linear_cross_entropy_fake as fakes
 from torchext.ops import linear_cross_entropy_gpu as gpu
-from torchext.ops.cross_entropy_fake import REDUCTIONS
+from torchext.ops.cross_entropy_fake import DEPRECATED_REDUCTIONS, REDUCTIONS
 from torchext.ops.extras import Extras
 from torchext.ops.linear_cross_entropy_call import INDICES, by_stock, cast_by_autocast, fit
 
@@ -295,13 +295,13 @@ def _settle(
             ("label_smoothing", label_smoothing, _errors.FLOAT),
         ),
     )
-    if reduction not in REDUCTIONS:
+    if reduction not in (*REDUCTIONS, *DEPRECATED_REDUCTIONS):
         raise ValueError(
             f"{op}: expected reduction to be one of {REDUCTIONS}, but got {reduction!r}: "
             f"{reduction} is not a valid value for reduction"
         ) from None
     ignored = -100 if ignore_index is None else ignore_index
-    options = (_CODES[reduction], ignored, label_smoothing, False, False, False)
+    options = (_CODES.get(reduction, 1), ignored, label_smoothing, False, False, False)
     given = (reduction, ignore_index, label_smoothing)
     tensors = {
         "input": input,
