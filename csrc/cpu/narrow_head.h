@@ -32,7 +32,7 @@ struct HeadArgs {
   scalar_t* logits;        // (rows, kHeadClasses): forward's result, and backward's gradient
   scalar_t* grad_input;    // (rows, features) dense, or null
   scalar_t* weight_sums;   // (blocks, classes, features), or null
-  scalar_t* bias_sums;     // (blocks, kHeadClasses), or null
+  double* bias_sums;       // (blocks, kHeadClasses), or null
   int64_t rows, features, classes;
 
   int64_t block_rows() const { return std::max(kHeadRows, (rows + kHeadBlocks - 1) / kHeadBlocks); }
@@ -152,14 +152,10 @@ TORCHEXT_INLINE void head_backward_blocks(const HeadArgs<scalar_t>& args, int64_
       }
     }
     if (args.bias_sums) {
-      scalar_t* sums = args.bias_sums + block * kHeadClasses;
-      // kHeadRows at a time: a long sum of one sign would lose digits.
-      for (int64_t from = first; from < last; from += kHeadRows) {
-        scalar_t part[kHeadClasses] = {};
-        for (int64_t row = from; row < std::min(last, from + kHeadRows); ++row) {
-          for (int64_t c = 0; c < kHeadClasses; ++c) part[c] += args.logits[row * kHeadClasses + c];
-        }
-        for (int64_t c = 0; c < kHeadClasses; ++c) sums[c] += part[c];
+      // In double: a long sum of one sign would lose digits.
+      double* sums = args.bias_sums + block * kHeadClasses;
+      for (int64_t row = first; row < last; ++row) {
+        for (int64_t c = 0; c < kHeadClasses; ++c) sums[c] += args.logits[row * kHeadClasses + c];
       }
     }
   }
@@ -220,7 +216,7 @@ class NarrowHead {
     const bool alone = blocks == 1 && first == 0;
     if (grad_weight && !alone) sums_.resize(blocks * elements);
     if (grad_weight) args.weight_sums = alone ? grad_weight : sums_.data();
-    std::vector<scalar_t> bias_sums(grad_bias ? blocks * kHeadClasses : 0);
+    std::vector<double> bias_sums(grad_bias ? blocks * kHeadClasses : 0);
     if (grad_bias) args.bias_sums = bias_sums.data();
     for_each_block(blocks, grain(args), [&](int64_t begin, int64_t end) {
       if constexpr (kServed) head_backward<scalar_t>(args, begin, end);
@@ -232,10 +228,11 @@ class NarrowHead {
         for (int64_t i = 0; i < elements; ++i)
           grad_weight[i] = set ? sums[i] : grad_weight[i] + sums[i];
       }
-      for (int64_t c = 0; grad_bias && c < args.classes; ++c) {
-        const scalar_t sum = bias_sums[block * kHeadClasses + c];
-        grad_bias[c] = set ? sum : grad_bias[c] + sum;
-      }
+    }
+    for (int64_t c = 0; grad_bias && c < args.classes; ++c) {
+      double sum = first == 0 ? 0.0 : static_cast<double>(grad_bias[c]);
+      for (int64_t block = 0; block < blocks; ++block) sum += bias_sums[block * kHeadClasses + c];
+      grad_bias[c] = static_cast<scalar_t>(sum);
     }
   }
 

@@ -27,16 +27,17 @@ constexpr int64_t kThinGrain = int64_t{1} << 16;
 template <typename scalar_t>
 struct Tasks {
   const Product<scalar_t>* product;
-  int64_t row_blocks, panel_groups;            // a task is one of both
-  int64_t panel_begin, panel_end;              // shared by the groups
-  int64_t inner_blocks, inner_from, inner_to;  // blocks of the inner dimension, one after the other
-  scalar_t* packed;                            // the panels of one inner block, or null
+  int64_t row_blocks, panel_groups;  // a task is one of both
+  int64_t panel_begin, panel_end;    // shared by the groups
+  int64_t visit_begin, visit_end;    // of out, one after the other
+  scalar_t* packed;                  // the panels of one visit, or null
   bool pack_left, pack_right;
 };
 
 template <class Isa, typename scalar_t>
 TORCHEXT_INLINE void run_tasks(const Tasks<scalar_t>& tasks, int64_t begin, int64_t end) {
   const Product<scalar_t>& p = *tasks.product;
+  const Parts<scalar_t> parts(p.inner);
   for (int64_t task = begin; task < end; ++task) {
     const int64_t rows = task / tasks.panel_groups, group = task % tasks.panel_groups;
     const int64_t panels = tasks.panel_end - tasks.panel_begin;
@@ -48,12 +49,12 @@ TORCHEXT_INLINE void run_tasks(const Tasks<scalar_t>& tasks, int64_t begin, int6
     block.panel_end = tasks.panel_begin + share(panels, tasks.panel_groups, group + 1);
     block.pack_left = tasks.pack_left;
     block.pack_right = tasks.pack_right;
-    for (int64_t i = tasks.inner_from; i < tasks.inner_to; ++i) {
-      block.begin = share(p.inner, tasks.inner_blocks, i);
-      block.end = share(p.inner, tasks.inner_blocks, i + 1);
+    for (int64_t visit = tasks.visit_begin; visit < tasks.visit_end; ++visit) {
+      block.visit = visit;
       if (tasks.packed) {
-        block.packed = tasks.packed + (block.panel_begin - tasks.panel_begin) *
-                                          (block.end - block.begin) * kPanelOf<Isa, scalar_t>;
+        const int64_t steps = parts.begin_of_visit(visit + 1) - parts.begin_of_visit(visit);
+        block.packed = tasks.packed +
+                       (block.panel_begin - tasks.panel_begin) * steps * kPanelOf<Isa, scalar_t>;
       }
       product_block<Isa>(block);
     }
@@ -61,13 +62,14 @@ TORCHEXT_INLINE void run_tasks(const Tasks<scalar_t>& tasks, int64_t begin, int6
 }
 TORCHEXT_SIMD_FUNCTION(run_product, run_tasks, Tasks)
 
-// Panels [begin, end) of the tasks' one inner block.
+// Panels [begin, end) of the tasks' one visit.
 template <class Isa, typename scalar_t>
 TORCHEXT_INLINE void pack_panels(const Tasks<scalar_t>& tasks, int64_t begin, int64_t end) {
   constexpr int kPanel = kPanelOf<Isa, scalar_t>;
   const Product<scalar_t>& p = *tasks.product;
-  const int64_t from = share(p.inner, tasks.inner_blocks, tasks.inner_from);
-  const int64_t inner = share(p.inner, tasks.inner_blocks, tasks.inner_to) - from;
+  const Parts<scalar_t> parts(p.inner);
+  const int64_t from = parts.begin_of_visit(tasks.visit_begin);
+  const int64_t inner = parts.begin_of_visit(tasks.visit_end) - from;
   for (int64_t i = begin; i < end; ++i) {
     const int64_t column = (tasks.panel_begin + i) * kPanel;
     pack_panel<Isa>({p.right.at(from, column), p.right.row_stride, p.right.column_stride}, inner,
@@ -95,7 +97,7 @@ int64_t panel_columns() {
 }  // namespace
 
 // Measured on Zen 5 (2 cores, float32, GFLOP/s of ours and of MKL 2024.2, which takes AVX2 there):
-// 1024 x 1024 x 1024 394 and 208, 512 x 512 x 32000 340 and 200, 100 x 784 x 64 in one thread 217
+// 1024 x 1024 x 1024 445 and 208, 512 x 512 x 32000 400 and 200, 100 x 784 x 64 in one thread 217
 // and 100. With AVX2 alone ours and MKL's are even from there on. Where MKL has AVX-512 of its own
 // (Intel) large products stay with it.
 bool product_serves(int64_t multiplications) {
@@ -120,11 +122,11 @@ void Product<scalar_t>::run() const {
   if (rows == 1 || (inner == 1 && right.column_stride == 1)) {
     return run_thin(std::clamp<int64_t>(rows * inner * columns / kThinGrain, 1, threads));
   }
+  const Parts<scalar_t> parts(inner);
   const bool direct =
       right.column_stride == 1 &&
-      std::min(inner, kInner) * right.row_stride * int64_t{sizeof(scalar_t)} <= kDirectBytes;
-  const int64_t blocks = inner_blocks(inner);
-  Tasks<scalar_t> tasks{this, 1, 1, 0, panels, blocks, 0, blocks, nullptr, false, !direct};
+      parts.longest() * right.row_stride * int64_t{sizeof(scalar_t)} <= kDirectBytes;
+  Tasks<scalar_t> tasks{this, 1, 1, 0, panels, 0, parts.visits, nullptr, false, !direct};
   if (rows <= kFewRows || direct) {
     if (by_rows && rows >= shares) {
       tasks.row_blocks = std::max(shares, divide_up(rows, kFewRows));
@@ -139,19 +141,25 @@ void Product<scalar_t>::run() const {
     return;
   }
   const int64_t wide = panel_columns<scalar_t>();
-  const int64_t at_once = std::max<int64_t>(1, kPackedBytes / (kInner * wide * sizeof(scalar_t)));
-  tasks.packed = scratch<scalar_t>(2, std::min(panels, at_once) * std::min(inner, kInner) * wide);
+  const int64_t at_once =
+      std::max<int64_t>(1, kPackedBytes / (parts.longest() * wide * int64_t{sizeof(scalar_t)}));
+  tasks.packed = scratch<scalar_t>(2, std::min(panels, at_once) * parts.longest() * wide);
   tasks.pack_left = true;
   tasks.row_blocks = divide_up(rows, kBlockRows);
   for (int64_t first = 0; first < panels; first += at_once) {
     tasks.panel_begin = first;
     tasks.panel_end = std::min(panels, first + at_once);
     const int64_t here = tasks.panel_end - first;
-    tasks.panel_groups = std::clamp<int64_t>(divide_up(4 * shares, tasks.row_blocks), 1, here);
+    // Few tasks: as many for each thread.
+    int64_t groups = divide_up(4 * shares, tasks.row_blocks);
+    if (tasks.row_blocks * groups < 16 * shares && tasks.row_blocks % shares != 0) {
+      groups = divide_up(groups, shares) * shares;
+    }
+    tasks.panel_groups = std::clamp<int64_t>(groups, 1, here);
     const int64_t count = tasks.row_blocks * tasks.panel_groups;
-    for (int64_t i = 0; i < blocks; ++i) {
-      tasks.inner_from = i;
-      tasks.inner_to = i + 1;
+    for (int64_t visit = 0; visit < parts.visits; ++visit) {
+      tasks.visit_begin = visit;
+      tasks.visit_end = visit + 1;
       for_each_block(here, divide_up(here, shares),
                      [&](int64_t begin, int64_t end) { pack_right<scalar_t>(tasks, begin, end); });
       for_each_block(count, divide_up(count, shares),

@@ -11,19 +11,38 @@
 
 namespace torchext::cpu {
 
-// Inner steps between two visits of out: a packed strip and panel of so many are in the first cache
-// together. Fixed, so that the order of a sum is.
-inline constexpr int64_t kInner = 256;
+// Inner steps that are summed one after another: short sums lose less. Such parts are added in
+// their order. Fixed, so that the order of a sum is.
+inline constexpr int64_t kPart = 256;
+// Parts between two visits of out: a packed strip and panel of so many are in the second cache, and
+// out is read and written a quarter as often. 4096 x 1024 x 1024: 389 GFLOP/s with one, 470 with
+// four.
+template <typename scalar_t>
+inline constexpr int kPartsOf = 16 / static_cast<int>(sizeof(scalar_t));
 
 inline int64_t divide_up(int64_t value, int64_t by) { return (value + by - 1) / by; }
-inline int64_t inner_blocks(int64_t inner) {
-  return std::max<int64_t>(1, divide_up(inner, kInner));
-}
 
 // Block `index` of `blocks` that share `total` as evenly as they can.
 inline int64_t share(int64_t total, int64_t blocks, int64_t index) {
   return total * index / blocks;
 }
+
+// The parts of an inner dimension, and the visits of out that share them.
+template <typename scalar_t>
+struct Parts {
+  int64_t inner, count, visits;
+
+  explicit Parts(int64_t inner)
+      : inner(inner),
+        count(std::max<int64_t>(1, divide_up(inner, kPart))),
+        visits(divide_up(count, kPartsOf<scalar_t>)) {}
+  // The first part of a visit, and where a part begins.
+  int64_t first_of(int64_t visit) const { return share(count, visits, visit); }
+  int64_t begin_of(int64_t part) const { return share(inner, count, part); }
+  int64_t begin_of_visit(int64_t visit) const { return begin_of(first_of(visit)); }
+  // The most inner steps of a visit.
+  int64_t longest() const { return std::min(inner, int64_t{kPart} * kPartsOf<scalar_t>); }
+};
 
 // Columns of a panel, and of a tile: two vectors.
 template <class Isa, typename scalar_t>
@@ -35,11 +54,11 @@ template <class Isa>
 inline constexpr int kStripOf = Isa::kBytes == 64 ? 12 : 6;
 
 // One block of a product: rows [row_begin, row_end) and panels [panel_begin, panel_end), summed
-// over inner [begin, end).
+// over the inner steps of one visit.
 template <typename scalar_t>
 struct ProductBlock {
   const Product<scalar_t>* product;
-  int64_t row_begin, row_end, panel_begin, panel_end, begin, end;
+  int64_t row_begin, row_end, panel_begin, panel_end, visit;
   const scalar_t* packed;  // panel_begin and what follows, packed; null where they are not yet
   bool pack_left, pack_right;
 };
@@ -48,7 +67,7 @@ struct ProductBlock {
 template <typename scalar_t>
 struct ProductTile {
   Matrix<const scalar_t> strip, panel;
-  int64_t inner;
+  int64_t parts, steps[kPartsOf<scalar_t>];  // inner steps of each
   Matrix<scalar_t> out;
   int64_t columns;
   bool accumulate;
@@ -61,20 +80,29 @@ template <class Isa, typename scalar_t, int kRows, bool kUnit>
 TORCHEXT_INLINE void product_tile(const ProductTile<scalar_t>& tile) {
   constexpr int kLanes = simd::kLanesOf<Isa, scalar_t>;
   using Value = simd::Vector<scalar_t, kLanes>;
-  Value sum[kRows][2];
-#pragma GCC unroll 16
-  for (int i = 0; i < kRows; ++i) sum[i][0] = sum[i][1] = Value{};
+  Value sum[kRows][2], total[kRows][2];
   const scalar_t *x = tile.strip.data, *y = tile.panel.data;
   const int64_t step = kUnit ? 1 : tile.strip.row_stride;
   const int64_t x_step = tile.strip.column_stride, y_step = tile.panel.row_stride;
-  for (int64_t k = tile.inner; k > 0; --k, x += x_step, y += y_step) {
-    const Value left = simd::load<kLanes>(y), right = simd::load<kLanes>(y + kLanes);
-    // Four rows from one address: x86 adds once, twice or three times a register for nothing.
+  for (int64_t part = 0; part < tile.parts; ++part) {
+    if (part > 0) {
 #pragma GCC unroll 16
-    for (int i = 0; i < kRows; ++i) {
-      const Value value = Value{} + (x + i / 4 * 4 * step)[i % 4 * step];
-      sum[i][0] += value * left;
-      sum[i][1] += value * right;
+      for (int i = 0; i < kRows; ++i) {
+        total[i][0] = part == 1 ? sum[i][0] : total[i][0] + sum[i][0];
+        total[i][1] = part == 1 ? sum[i][1] : total[i][1] + sum[i][1];
+      }
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < kRows; ++i) sum[i][0] = sum[i][1] = Value{};
+    for (int64_t k = tile.steps[part]; k > 0; --k, x += x_step, y += y_step) {
+      const Value left = simd::load<kLanes>(y), right = simd::load<kLanes>(y + kLanes);
+      // Four rows from one address: x86 adds once, twice or three times a register for nothing.
+#pragma GCC unroll 16
+      for (int i = 0; i < kRows; ++i) {
+        const Value value = Value{} + (x + i / 4 * 4 * step)[i % 4 * step];
+        sum[i][0] += value * left;
+        sum[i][1] += value * right;
+      }
     }
   }
   const bool accumulate = tile.accumulate, relu = tile.relu;
@@ -92,6 +120,7 @@ TORCHEXT_INLINE void product_tile(const ProductTile<scalar_t>& tile) {
 #pragma GCC unroll 16
     for (int i = 0; i < kRows; ++i, to += tile.out.row_stride) {
       Value value = sum[i][part] + bias;
+      if (tile.parts > 1) value += total[i][part];
       if (accumulate) {
         value += whole ? simd::load<kLanes>(to) : simd::load_tail<kLanes>(to, count, 0);
       }
@@ -270,6 +299,17 @@ TORCHEXT_INLINE void pack_strip(Matrix<const scalar_t> from, int64_t rows, int64
                                 scalar_t* to) {
   constexpr int kLanes = 16 / sizeof(scalar_t);  // strips are short
   if (from.column_stride == 1) return copy_transposed<kLanes>(from, rows, inner, to, rows);
+  if (from.row_stride == 1 && rows >= kLanes) {
+    for (int64_t k = 0; k < inner; ++k, to += rows) {
+      const scalar_t* column = from.at(0, k);
+      for (int64_t i = 0; i + kLanes <= rows; i += kLanes) {
+        simd::store<kLanes>(to + i, simd::load<kLanes>(column + i));
+      }
+      // The last ones, some of them again.
+      simd::store<kLanes>(to + rows - kLanes, simd::load<kLanes>(column + rows - kLanes));
+    }
+    return;
+  }
   for (int64_t k = 0; k < inner; ++k) {
     for (int64_t i = 0; i < rows; ++i) to[k * rows + i] = *from.at(i, k);
   }
@@ -293,9 +333,12 @@ template <class Isa, typename scalar_t>
 TORCHEXT_INLINE void product_block(const ProductBlock<scalar_t>& block) {
   constexpr int kPanel = kPanelOf<Isa, scalar_t>, kStrip = kStripOf<Isa>;
   const Product<scalar_t>& p = *block.product;
-  const int64_t rows = block.row_end - block.row_begin, inner = block.end - block.begin;
+  const Parts<scalar_t> parts(p.inner);
+  const int64_t first_part = parts.first_of(block.visit), end = parts.first_of(block.visit + 1);
+  const int64_t begin = parts.begin_of(first_part), inner = parts.begin_of(end) - begin;
+  const int64_t rows = block.row_end - block.row_begin;
   const int64_t strips = (rows + kStrip - 1) / kStrip;
-  const Matrix<const scalar_t> left{p.left.at(block.row_begin, block.begin), p.left.row_stride,
+  const Matrix<const scalar_t> left{p.left.at(block.row_begin, begin), p.left.row_stride,
                                     p.left.column_stride};
   scalar_t* packed_left = nullptr;
   if (block.pack_left) {
@@ -306,10 +349,10 @@ TORCHEXT_INLINE void product_block(const ProductBlock<scalar_t>& block) {
                       packed_left + first * inner);
     }
   }
-  const bool accumulate = p.accumulate || block.begin > 0, ends = block.end == p.inner;
+  const bool accumulate = p.accumulate || first_part > 0, ends = end == parts.count;
   for (int64_t panel = block.panel_begin; panel < block.panel_end; ++panel) {
     const int64_t column = panel * kPanel, count = std::min<int64_t>(kPanel, p.columns - column);
-    Matrix<const scalar_t> right{p.right.at(block.begin, column), p.right.row_stride, 1};
+    Matrix<const scalar_t> right{p.right.at(begin, column), p.right.row_stride, 1};
     if (block.packed) {
       right = {block.packed + (panel - block.panel_begin) * inner * kPanel, kPanel, 1};
     } else if (block.pack_right || count < kPanel) {
@@ -319,7 +362,10 @@ TORCHEXT_INLINE void product_block(const ProductBlock<scalar_t>& block) {
     }
     ProductTile<scalar_t> tile{};
     tile.panel = right;
-    tile.inner = inner;
+    tile.parts = end - first_part;
+    for (int64_t i = 0; i < tile.parts; ++i) {
+      tile.steps[i] = parts.begin_of(first_part + i + 1) - parts.begin_of(first_part + i);
+    }
     tile.columns = count;
     tile.accumulate = accumulate;
     tile.bias = p.bias && ends ? p.bias + column : nullptr;

@@ -11,7 +11,9 @@ namespace torchext::cpu {
 // What ends a sum: product_tile's last lines.
 template <int kLanes, typename scalar_t>
 TORCHEXT_INLINE void finish_row(const Product<scalar_t>& p, int64_t column,
-                                simd::Vector<scalar_t, kLanes> sum, bool accumulate, bool ends) {
+                                simd::Vector<scalar_t, kLanes> sum,
+                                const simd::Vector<scalar_t, kLanes>* total, bool accumulate,
+                                bool ends) {
   using Value = simd::Vector<scalar_t, kLanes>;
   const int64_t count = std::min<int64_t>(kLanes, p.columns - column);
   const bool whole = count == kLanes;
@@ -20,6 +22,7 @@ TORCHEXT_INLINE void finish_row(const Product<scalar_t>& p, int64_t column,
   };
   scalar_t* to = p.out.at(0, column);
   Value value = sum + (p.bias && ends ? read(p.bias + column) : Value{});
+  if (total) value += *total;
   if (accumulate) value += read(to);
   if (p.relu && ends) value = value <= 0 ? Value{} : value;  // NaN stays NaN
   if (whole) {
@@ -59,7 +62,7 @@ inline constexpr int kWide = 8;
 // One panel of a product with one contiguous row `x`, over inner [begin, end), into `sum`.
 template <int kLanes, typename scalar_t>
 TORCHEXT_INLINE void row_panel(const Product<scalar_t>& p, int64_t column, int64_t begin,
-                               int64_t end, simd::Vector<scalar_t, kLanes> (&sum)[2]) {
+                               int64_t end, simd::Vector<scalar_t, kLanes>* sum) {
   const scalar_t *x = p.left.data, *from = p.right.at(0, column);
   const int64_t count = std::min<int64_t>(2 * kLanes, p.columns - column);
   const int64_t row = p.right.row_stride, stride = p.right.column_stride;
@@ -85,39 +88,50 @@ TORCHEXT_INLINE void row_panel(const Product<scalar_t>& p, int64_t column, int64
   }
 }
 
+// kWide vectors of columns of one whose right matrix has contiguous rows.
+template <int kLanes, typename scalar_t>
+TORCHEXT_INLINE void row_wide(const Product<scalar_t>& p, int64_t column, int64_t begin,
+                              int64_t end, simd::Vector<scalar_t, kLanes>* sum) {
+  using Value = simd::Vector<scalar_t, kLanes>;
+  const scalar_t* from = p.right.at(begin, column);
+  for (int64_t k = begin; k < end; ++k, from += p.right.row_stride) {
+    const Value x = Value{} + p.left.data[k];
+#pragma GCC unroll 8
+    for (int i = 0; i < kWide; ++i) sum[i] += x * simd::load<kLanes>(from + i * kLanes);
+  }
+}
+
 // Panels [begin, end) of a product with one contiguous row.
 template <class Isa, typename scalar_t>
 TORCHEXT_INLINE void row_panels(const Product<scalar_t>& p, int64_t begin, int64_t end) {
   constexpr int kLanes = simd::kLanesOf<Isa, scalar_t>, kPanel = kPanelOf<Isa, scalar_t>;
   static_assert(kPanel == 2 * kLanes);
   using Value = simd::Vector<scalar_t, kLanes>;
-  const int64_t blocks = inner_blocks(p.inner);
+  const Parts<scalar_t> parts(p.inner);
   for (int64_t panel = begin; panel < end;) {
     const int64_t column = panel * kPanel;
     const bool wide = p.right.column_stride == 1 && panel + kWide / 2 <= end &&
                       column + kWide * kLanes <= p.columns;
-    for (int64_t block = 0; block < blocks; ++block) {
-      const int64_t first = share(p.inner, blocks, block);
-      const int64_t last = share(p.inner, blocks, block + 1);
-      const bool accumulate = p.accumulate || block > 0, ends = block + 1 == blocks;
-      if (wide) {
-        Value sum[kWide] = {};
-        const scalar_t* from = p.right.at(first, column);
-        for (int64_t k = first; k < last; ++k, from += p.right.row_stride) {
-          const Value x = Value{} + p.left.data[k];
-#pragma GCC unroll 8
-          for (int i = 0; i < kWide; ++i) sum[i] += x * simd::load<kLanes>(from + i * kLanes);
+    for (int64_t visit = 0; visit < parts.visits; ++visit) {
+      Value sum[kWide], total[kWide];
+      const int64_t first = parts.first_of(visit), last = parts.first_of(visit + 1);
+      for (int64_t part = first; part < last; ++part) {
+        if (part > first) {
+          for (int i = 0; i < (wide ? kWide : 2); ++i) {
+            total[i] = part == first + 1 ? sum[i] : total[i] + sum[i];
+          }
         }
-#pragma GCC unroll 8
-        for (int i = 0; i < kWide; ++i) {
-          finish_row<kLanes>(p, column + i * kLanes, sum[i], accumulate, ends);
+        for (int i = 0; i < (wide ? kWide : 2); ++i) sum[i] = Value{};
+        if (wide) {
+          row_wide<kLanes>(p, column, parts.begin_of(part), parts.begin_of(part + 1), sum);
+        } else {
+          row_panel<kLanes>(p, column, parts.begin_of(part), parts.begin_of(part + 1), sum);
         }
-      } else {
-        Value sum[2] = {};
-        row_panel<kLanes>(p, column, first, last, sum);
-        for (int i = 0; i < 2 && column + i * kLanes < p.columns; ++i) {
-          finish_row<kLanes>(p, column + i * kLanes, sum[i], accumulate, ends);
-        }
+      }
+      const bool accumulate = p.accumulate || visit > 0, ends = visit + 1 == parts.visits;
+      for (int i = 0; i < (wide ? kWide : 2) && column + i * kLanes < p.columns; ++i) {
+        finish_row<kLanes>(p, column + i * kLanes, sum[i], last - first > 1 ? &total[i] : nullptr,
+                           accumulate, ends);
       }
     }
     panel += wide ? kWide / 2 : 1;
@@ -145,7 +159,7 @@ TORCHEXT_INLINE void outer_rows(const Product<scalar_t>& p, int64_t begin, int64
       const int64_t count = p.columns - column;
       const Value value = count >= kLanes ? simd::load<kLanes>(y + column)
                                           : simd::load_tail<kLanes>(y + column, count, 0);
-      finish_row<kLanes>(one, column, Value{} + x * value, p.accumulate, true);
+      finish_row<kLanes>(one, column, Value{} + x * value, nullptr, p.accumulate, true);
     }
   }
 }
