@@ -43,7 +43,10 @@ class LinearReLU(Op):
         no_input_grad = (("no_input_grad", True),)
         cases.append(Case(self.name, (100, 784, 64), options=no_input_grad))
         cases.append(Case(self.name, (1024, 1024, 1024), "bfloat16"))
-        cases += [Case(self.name, shape, direction="fwd") for shape in (_SHAPES[1], _SHAPES[3])]
+        alone = (1, 1024, 1024)  # a batch of one, as a server has it
+        cases.append(Case(self.name, alone))
+        forward = (_SHAPES[1], _SHAPES[3], alone)
+        cases += [Case(self.name, shape, direction="fwd") for shape in forward]
         if full:
             cases += [Case(self.name, shape, direction="bwd") for shape in _SHAPES]
             left = (_SHAPES[0], _SHAPES[2], _SHAPES[4])

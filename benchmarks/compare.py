@@ -1,6 +1,6 @@
 """What got slower between two runs, beyond the noise that they print.
 
-A case is slower where three things hold: its new lower quartile is above its old upper one; its
+A case is slower where three things hold: its new 10th percentile is above its old 90th; its
 median rose by more than the threshold; and so did its ratio to the same run's eager (or whichever
 other provider both runs have), so that a slower machine is not taken for a slower kernel.
 """
@@ -39,7 +39,7 @@ class Change:
             ("slower", self.old, self.new, 1),
             ("faster", self.new, self.old, -1),
         ):
-            apart = (b.p25_ms or 0.0) > (a.p75_ms or 0.0)
+            apart = (b.p10_ms or 0.0) > (a.p90_ms or 0.0)
             relative = self.ratio if self.relative is None else self.relative
             if apart and min(self.ratio**sign, relative**sign) > 1 + threshold:
                 return word

@@ -83,8 +83,8 @@ def time_plot(results: Results) -> Figure | None:
         )
         middles = [row.median_ms or 0 for row in own]
         errors = [
-            [middle - (row.p25_ms or 0) for row, middle in zip(own, middles, strict=True)],
-            [(row.p75_ms or 0) - middle for row, middle in zip(own, middles, strict=True)],
+            [middle - (row.p10_ms or 0) for row, middle in zip(own, middles, strict=True)],
+            [(row.p90_ms or 0) - middle for row, middle in zip(own, middles, strict=True)],
         ]
         sizes = [row.plot_size or 0 for row in own]
         label = f"limit: {own[0].version}" if name == "limit" else name
@@ -144,7 +144,7 @@ def ratio_plot(results: Results) -> Figure | None:
 def _bar(
     axes: Any, place: float, ratio: tuple[float, float, float], colour: str, label: str
 ) -> None:
-    """One ratio, from 1 to the median, with its quartiles and its number."""
+    """One ratio, from 1 to the median, with its spread and its number."""
     middle, low, high = ratio
     axes.barh(place, middle - 1, 0.85, left=1, color=colour, label=label)
     axes.errorbar(middle, place, xerr=[[middle - low], [high - middle]], color="black",

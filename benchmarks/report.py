@@ -8,8 +8,8 @@ from benchmarks import results as results_module
 from benchmarks.results import Results, Row
 
 NOISE_NOTE = (
-    "Times are medians, in brackets the quartiles; ratios are medians over rounds in which all "
-    "providers took turns."
+    "Times are medians, in brackets the 10th and 90th percentiles; ratios are medians over rounds "
+    "in which all providers took turns."
 )
 
 
@@ -159,12 +159,12 @@ def verdict(rows: Sequence[Row]) -> list[str]:
     ours = [row for row in rows if row.role == "ours" and row.times_as_fast is not None]
     if not ours:
         return []
-    slower = [row for row in ours if (row.times_as_fast_p75 or 0.0) < 1.0]
-    faster = [row for row in ours if (row.times_as_fast_p25 or 0.0) > 1.0]
+    slower = [row for row in ours if (row.times_as_fast_p90 or 0.0) < 1.0]
+    faster = [row for row in ours if (row.times_as_fast_p10 or 0.0) > 1.0]
     level = [row for row in ours if row not in slower and row not in faster]
     lines = [
         f"Of {len(ours)} comparisons with the best other, torchext is faster in {len(faster)}, "
-        f"slower in {len(slower)}, and level in {len(level)} (the quartiles of the ratio have 1 "
+        f"slower in {len(slower)}, and level in {len(level)} (the percentiles of the ratio have 1 "
         "between them)."
     ]
     items = [
@@ -202,13 +202,13 @@ def table(cells: Sequence[Sequence[str]]) -> list[str]:
 
 
 def time_cell(row: Row | None) -> str:
-    """A time and its quartiles."""
+    """A time and its spread."""
     if row is None:
         return "–"
-    if not row.measured or row.p25_ms is None or row.p75_ms is None:
+    if not row.measured or row.p10_ms is None or row.p90_ms is None:
         return row.status
     unit, factor = _unit(row.median_ms or 0.0)
-    low, high = (number(value * factor) for value in (row.p25_ms, row.p75_ms))
+    low, high = (number(value * factor) for value in (row.p10_ms, row.p90_ms))
     return f"{number((row.median_ms or 0.0) * factor)} {unit} ({low}–{high})"
 
 
@@ -237,12 +237,12 @@ def speed_cell(row: Row | None) -> str:
     """How many times as fast as the best other, and which that is."""
     if row is None or row.times_as_fast is None:
         return "–"
-    low, high = row.times_as_fast_p25 or 0.0, row.times_as_fast_p75 or 0.0
+    low, high = row.times_as_fast_p10 or 0.0, row.times_as_fast_p90 or 0.0
     return f"{ratio_text((row.times_as_fast, low, high))} × {row.best_other}"
 
 
 def ratio_text(ratio: tuple[float, float, float]) -> str:
-    """A ratio and its quartiles."""
+    """A ratio and its spread."""
     return f"{ratio[0]:.2f} ({ratio[1]:.2f}–{ratio[2]:.2f})"
 
 
@@ -261,5 +261,5 @@ def rate_cell(row: Row | None) -> str:
 
 
 def ratio_between(over: Row, under: Row) -> tuple[float, float, float]:
-    """The ratio of two rows' times: median and quartiles."""
+    """The ratio of two rows' times: median and spread."""
     return results_module.spread(results_module.ratios(over, under))
