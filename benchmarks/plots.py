@@ -259,5 +259,5 @@ def _legend_below(figure: Figure, axes: Any) -> None:
     """Under the axes, where there are no data."""
     handles, labels = axes.get_legend_handles_labels()
     if handles:
-        figure.legend(handles, labels, loc="outside lower center", ncols=min(4, len(labels)),
+        figure.legend(handles, labels, loc="outside lower center", ncols=min(3, len(labels)),
                       frameon=False, fontsize=9)  # fmt: skip
