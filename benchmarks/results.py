@@ -142,8 +142,8 @@ def ratios(over: Row, under: Row) -> list[float]:
 def spread(values: Sequence[float]) -> tuple[float, float, float]:
     """Returns the median, and the 10th and the 90th percentile.
 
-    Not the quartiles: of two runs on a quiet machine every twelfth pair of medians was outside of
-    both, as half of all samples are.
+    Not the quartiles, which half of all samples are outside of: of two runs every twelfth median
+    was, too.
     """
     if len(values) < 2:
         return values[0], values[0], values[0]

@@ -1,6 +1,6 @@
-// linear_relu on the CPU. The products are the library's (MKL, oneDNN); what stands around them is
-// ours: bias and ReLU in one pass while the product is in cache, and backward the ReLU mask and the
-// bias gradient in one pass.
+// linear_relu on the CPU. The products are our own, with bias and ReLU in them, or the library's
+// (MKL, oneDNN; gemm.h), and then ReLU is a pass while the product is in cache. Backward the ReLU
+// mask and the bias gradient are one pass.
 #include "ops/linear_relu.h"
 
 #include <algorithm>

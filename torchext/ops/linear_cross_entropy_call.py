@@ -12,7 +12,6 @@ from torchext.ops.cross_entropy_fake import REDUCTIONS
 
 INDICES = frozenset({torch.int64, torch.int32, torch.uint8})
 
-
 _is_compiling = torch.compiler.is_compiling
 _tracing_state = torch._C._get_tracing_state
 _stock: Any = torch._C._nn.cross_entropy_loss
