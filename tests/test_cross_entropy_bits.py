@@ -206,3 +206,32 @@ def test_any_call_is_as_close_to_the_truth_as_stock(
         assert_drop_in(
             torchext.cross_entropy, F.cross_entropy, logits.requires_grad_(), target, **options
         )
+
+
+@pytest.mark.parametrize("classes", [49, 64, 1000])
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("inplace", [False, True])
+def test_rows_do_not_disturb_their_neighbours(
+    dtype: torch.dtype, classes: int, smoothing: float, inplace: bool
+) -> None:
+    """Rows of one chunk go through the kernel three at a time: runs of ignored ones at the start,
+    in between, over blocks' ends and at the end, and rows with infinities and NaN among them."""
+    logits = 3 * torch.randn(70, classes, dtype=dtype)
+    logits[20] = -torch.inf
+    logits[33, 5] = torch.nan
+    logits[47, classes - 1] = torch.inf
+    logits[48, :9] = -torch.inf
+    for start, stop in [(0, 0), (0, 70), (0, 3), (15, 18), (19, 33), (30, 49), (67, 70), (1, 69)]:
+        target = torch.randint(classes, (70,))
+        target[start:stop] = -100
+        options = {"label_smoothing": smoothing, "reduction": "sum"}
+        with torchext.use_backend("native"):
+            x = logits.clone().requires_grad_()
+            y = x.clone() if inplace else x
+            torchext.cross_entropy(y, target, inplace_backward=inplace, **options).backward()
+            losses = torchext.cross_entropy(logits, target, **{**options, "reduction": "none"})
+            assert x.grad is not None
+            for row in range(70):
+                alone = loss_and_gradient(logits[row : row + 1], target[row : row + 1], **options)
+                assert torch.equal(alone[0].nan_to_num(7), losses[row].nan_to_num(7))
+                assert torch.equal(alone[1][0].nan_to_num(7), x.grad[row].nan_to_num(7))

@@ -153,6 +153,8 @@ struct Prepared {
     }
     args.ignore_index = call.ignore_index;
     args.label_smoothing = call.label_smoothing > 0 ? call.label_smoothing : 0.0;
+    args.kept = static_cast<acc_t>(1.0 - args.label_smoothing);
+    args.uniform = static_cast<acc_t>(args.label_smoothing / static_cast<double>(shape.classes));
     double weights = static_cast<double>(shape.classes);
     if (call.weight) {
       const Tensor dense = as_contiguous(*call.weight);

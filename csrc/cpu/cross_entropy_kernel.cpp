@@ -2,6 +2,7 @@
 // dtype.
 #include "cpu/cross_entropy_call.h"
 #include "cpu/cross_entropy_kernel.h"
+#include "cpu/cross_entropy_pipeline.h"
 #include "cpu/cross_entropy_tile.h"
 
 namespace torchext::cpu {
@@ -10,6 +11,16 @@ namespace {
 template <class Isa, typename scalar_t>
 TORCHEXT_INLINE void row_blocks(const CrossEntropyArgs<scalar_t>& args, int64_t begin,
                                 int64_t end) {
+  if (pipelined(args)) {
+    const int64_t last = std::min(args.shape.positions(), end * kRowsPerBlock);
+    const auto run = [&](auto dense, auto gradient) __attribute__((always_inline)) {
+      pipelined_rows<Isa, scalar_t, dense(), gradient()>(args, begin * kRowsPerBlock, last);
+    };
+    using True = std::true_type;
+    using False = std::false_type;
+    if (args.dense()) return args.gradient ? run(True{}, True{}) : run(True{}, False{});
+    return args.gradient ? run(False{}, True{}) : run(False{}, False{});
+  }
   const bool scratch_needed =
       args.gradient && !args.backward && !std::is_same_v<scalar_t, acc_type<scalar_t>>;
   std::vector<acc_type<scalar_t>> scratch(scratch_needed ? args.shape.classes : 0);

@@ -45,6 +45,7 @@ struct CrossEntropyArgs {
   int64_t ignore_index;
   const acc_t* weight;  // (C) or null
   double label_smoothing;
+  acc_t kept, uniform;  // 1 - smoothing, smoothing / C
   double uniform_mass;  // sum_c weight_c * smoothing / C: sum q without probabilities
 
   scalar_t* gradient;  // null where none is wanted; may be the input
@@ -70,10 +71,9 @@ struct CrossEntropyArgs {
     }
   }
   // W_t of the formulas.
-  acc_t target_weight(int64_t index) const {
-    const acc_t kept = static_cast<acc_t>(1.0 - label_smoothing);
-    return weight ? kept * weight[index] : kept;
-  }
+  acc_t target_weight(int64_t index) const { return weight ? kept * weight[index] : kept; }
+  // q_c without probabilities.
+  acc_t uniform_target(int64_t index) const { return weight ? uniform * weight[index] : uniform; }
   acc_t position_scale(int64_t position) const {
     const acc_t scale = static_cast<acc_t>(gradient_scale);
     return grad_output ? scale * grad_output[position] : scale;
@@ -93,14 +93,8 @@ struct RowSums {
 template <int kLanes, typename scalar_t>
 TORCHEXT_INLINE Vector<acc_type<scalar_t>, kLanes> dense_target(
     const CrossEntropyArgs<scalar_t>& args, const scalar_t* probabilities, int64_t c) {
-  using acc_t = acc_type<scalar_t>;
-  const acc_t uniform =
-      static_cast<acc_t>(args.label_smoothing / static_cast<double>(args.shape.classes));
-  Vector<acc_t, kLanes> q = Vector<acc_t, kLanes>{} + uniform;
-  if (probabilities) {
-    q = simd::load<kLanes>(probabilities + c) * static_cast<acc_t>(1.0 - args.label_smoothing) +
-        uniform;
-  }
+  auto q = Vector<acc_type<scalar_t>, kLanes>{} + args.uniform;
+  if (probabilities) q = simd::load<kLanes>(probabilities + c) * args.kept + args.uniform;
   if (args.weight) q *= simd::load<kLanes>(args.weight + c);
   return q;
 }
@@ -327,11 +321,7 @@ TORCHEXT_INLINE double process_rows(const CrossEntropyArgs<scalar_t>& args, int6
     if (args.indices) {
       const acc_t e = simd::exp_nonpositive_scalar(target_x - row.max);
       target_gradient = e * scale - target_weight * g;
-      if constexpr (kDense) {
-        const acc_t uniform =
-            static_cast<acc_t>(args.label_smoothing / static_cast<double>(classes));
-        target_gradient -= (args.weight ? uniform * args.weight[index] : uniform) * g;
-      }
+      if constexpr (kDense) target_gradient -= args.uniform_target(index) * g;
     }
     const acc_t* base = bases;
     for (int64_t from = 0, to = 0; from < classes; from = to) {

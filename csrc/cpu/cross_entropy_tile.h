@@ -40,8 +40,6 @@ TORCHEXT_INLINE double process_tile(const CrossEntropyArgs<scalar_t>& args, int6
   constexpr acc_t kInfinity = std::numeric_limits<acc_t>::infinity();
   using Acc = Vector<acc_t, kLanes>;
   const int64_t classes = args.shape.classes;
-  const acc_t kept = static_cast<acc_t>(1.0 - args.label_smoothing);
-  const acc_t uniform = static_cast<acc_t>(args.label_smoothing / static_cast<double>(classes));
 
   TileTargets<scalar_t, kPositions> targets;
   acc_t target_x[kPositions];
@@ -56,8 +54,10 @@ TORCHEXT_INLINE double process_tile(const CrossEntropyArgs<scalar_t>& args, int6
     target_x[i] = indexed ? static_cast<acc_t>(x.at(index)[i]) : acc_t{0};
   }
   const auto dense = [&](int64_t c, int k) __attribute__((always_inline)) {
-    Acc q = Acc{} + uniform;
-    if (probabilities) q = simd::load<kLanes>(probabilities.at(c) + k * kLanes) * kept + uniform;
+    Acc q = Acc{} + args.uniform;
+    if (probabilities) {
+      q = simd::load<kLanes>(probabilities.at(c) + k * kLanes) * args.kept + args.uniform;
+    }
     if (args.weight) q *= args.weight[c];
     return q;
   };
@@ -142,10 +142,7 @@ TORCHEXT_INLINE double process_tile(const CrossEntropyArgs<scalar_t>& args, int6
     if (targets.index[i] < 0) continue;
     const acc_t e = simd::exp_nonpositive_scalar(target_x[i] - max[k][lane]);
     target_gradient[i] = e * scale[k][lane] - targets.weight[i] * g[k][lane];
-    if constexpr (kDense) {
-      const acc_t q = args.weight ? uniform * args.weight[targets.index[i]] : uniform;
-      target_gradient[i] -= q * g[k][lane];
-    }
+    if constexpr (kDense) target_gradient[i] -= args.uniform_target(targets.index[i]) * g[k][lane];
   }
   // An ignored position's gradient is 0, or NaN where its softmax is (as in torch).
   Acc nothing[kWidth];
