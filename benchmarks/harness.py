@@ -147,18 +147,36 @@ def warm_up(task: Task, calls: int = _WARM_UP_CALLS) -> float:
 
 
 def calls_of(task: Task, about_ms: float, settings: Settings, clock: Clock) -> int:
-    """How many calls of a task make a sample, if one takes about so long."""
+    """How many calls of a task make a sample, if one takes about so long.
+
+    Of calls in a row, as in a sample: one alone would count what its memory and the caches cost
+    after another's work, and two runs would choose different numbers.
+    """
     if about_ms > 10 * settings.sample_ms:
         return 1
-    once = min(sample(task, 1, clock) for _ in range(3))
-    wanted = math.ceil(settings.sample_ms / max(once, 1e-4))
-    return max(1, min(wanted, task.most_calls))
+    most = max(1, task.most_calls - 1)  # a sample begins with one more
+    calls = 1
+    for _ in range(4):
+        once = max(min(sample(task, calls, clock) for _ in range(3)), 1e-4)
+        wanted = min(math.ceil(settings.sample_ms / once), most)
+        if wanted <= calls:
+            break
+        calls = 2 if calls == 1 else wanted
+    return calls
 
 
 def sample(task: Task, calls: int, clock: Clock) -> float:
-    """Times a task; returns milliseconds a call."""
+    """Times a task; returns milliseconds a call.
+
+    Where a sample is of several calls, one more comes before them and is not timed: it finds memory
+    and caches as another provider left them, which is not the time of this one.
+    """
+    first = 1 if 1 < calls < task.most_calls else 0
     with task.context():
-        return clock(task.run, task.prepare(calls)) / calls
+        items = task.prepare(first + calls)
+        for item in items[:first]:
+            task.run(item)
+        return clock(task.run, items[first:]) / calls
 
 
 def interleave(

@@ -145,6 +145,37 @@ def test_providers_take_turns():
     assert len({each[0] for each in rounds}) > 1  # nobody is always first
 
 
+def test_a_sample_of_several_calls_begins_with_one_that_is_not_timed():
+    calls = []
+    task = providers.PlainTask(calls.append, [(number,) for number in range(10)])
+
+    def clock(run, items):
+        calls.append("clock")
+        for item in items:
+            run(item)
+        return 6.0
+
+    assert harness.sample(task, 3, clock) == 2
+    assert calls == [0, "clock", 1, 2, 3]
+    calls.clear()
+    assert harness.sample(task, 1, clock) == 6  # a long call
+    assert calls == ["clock", 4]
+
+
+def test_a_sample_has_as_many_calls_as_last_long_in_a_row():
+    """A call alone takes ten times as long here as one among others."""
+    task = providers.PlainTask(lambda number: None, [(0,)])
+
+    def clock(run, items):
+        return 10.0 if len(items) == 1 else 1.0 * len(items)
+
+    settings = replace(BRIEF, sample_ms=20.0)
+    assert harness.calls_of(task, 1.0, settings, clock) == 20
+    task.most_calls = 5
+    assert harness.calls_of(task, 1.0, settings, clock) == 4
+    assert harness.calls_of(task, 1000.0, settings, clock) == 1
+
+
 def test_large_inputs_are_rotated_past_the_cache(monkeypatch):
     monkeypatch.setattr(harness, "cache_bytes", lambda device: 8 << 20)
     op = suites.op("cross_entropy")
