@@ -129,6 +129,7 @@ def _measure(words: Sequence[str]) -> int:
         shapes = ", ".join(f"{op.name}: {op.shape_syntax}" for op in suites.ops())
         raise ValueError(f"no case is left by these options; shapes are {shapes}")
     folder = options.output or _folder(settings)
+    kept = machine.keep_freed_memory()
     load = harness.load_average()
     print(f"results go to {folder}", file=sys.stderr)
     if load > 0.5:
@@ -137,7 +138,7 @@ def _measure(words: Sequence[str]) -> int:
     for suite in chosen:
         results = Results(
             suite=suite.name,
-            machine=machine.describe(options.device),
+            machine=machine.describe(options.device) | {"freed_memory_kept": kept},
             versions=machine.versions(),
             commit=machine.commit(),
             date=machine.now(),

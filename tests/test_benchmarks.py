@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
 import torch
 
 import torchext
-from benchmarks import check, compare, harness, memory, providers, readme, results, suites
+from benchmarks import check, compare, harness, machine, memory, providers, readme, results, suites
 from benchmarks.__main__ import main
 from benchmarks.case import Case
 from benchmarks.harness import Settings
@@ -174,6 +176,28 @@ def test_a_sample_has_as_many_calls_as_last_long_in_a_row():
     task.most_calls = 5
     assert harness.calls_of(task, 1.0, settings, clock) == 4
     assert harness.calls_of(task, 1000.0, settings, clock) == 1
+
+
+def test_freed_memory_stays_with_the_process():
+    code = """
+import resource, torch
+from benchmarks import machine
+assert machine.keep_freed_memory()
+def faults():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+def call():
+    return [torch.ones(1 << 20) for _ in range(4)]  # 4 MiB each
+for _ in range(6):
+    call()  # the heap finds its size
+before = faults()
+for _ in range(10):
+    call()
+print(faults() - before)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=machine.ROOT, check=True, capture_output=True, text=True
+    )
+    assert int(done.stdout) < 1000  # of 40,960 pages; 20,000 without
 
 
 def test_large_inputs_are_rotated_past_the_cache(monkeypatch):
