@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from benchmarks import check, harness
+from benchmarks import check, harness, machine
 from benchmarks.case import Case, Inputs, Op
 from benchmarks.providers import Task, providers_of
 from torchext.testing import devices
@@ -104,6 +104,7 @@ def time_task(benchmark: Any, task: Task, group: str, device: str = "cpu") -> No
         if device != "cpu":
             torch.accelerator.synchronize()
 
+    machine.keep_freed_memory()
     benchmark.group = group
     harness.warm_up(task)
     with task.context(), harness.no_garbage_collection():

@@ -70,6 +70,11 @@ struct CrossEntropyArgs {
         return static_cast<const uint8_t*>(indices)[position];
     }
   }
+  // From the first element of a tensor to a position's.
+  TORCHEXT_INLINE int64_t offset(int64_t position, const Strides& strides) const {
+    const int64_t n = shape.inner == 1 ? position : position / shape.inner;
+    return n * strides.outer + (position - n * shape.inner) * strides.inner;
+  }
   // W_t of the formulas.
   acc_t target_weight(int64_t index) const { return weight ? kept * weight[index] : kept; }
   // q_c without probabilities.
@@ -269,15 +274,12 @@ TORCHEXT_INLINE double process_rows(const CrossEntropyArgs<scalar_t>& args, int6
   const Chunks chunks(classes);
   double total = 0;
   for (int64_t p = begin; p < end; ++p) {
-    const int64_t n = args.shape.inner == 1 ? p : p / args.shape.inner;
-    const int64_t s = p - n * args.shape.inner;
-    const auto at = [n, s](const Strides& strides) __attribute__((always_inline)) {
-      return n * strides.outer + s * strides.inner;
-    };
-    const scalar_t* x = args.input + at(args.input_strides);
+    const scalar_t* x = args.input + args.offset(p, args.input_strides);
     const scalar_t* probabilities =
-        args.probabilities ? args.probabilities + at(args.probability_strides) : nullptr;
-    scalar_t* gradient = args.gradient ? args.gradient + at(args.gradient_strides) : nullptr;
+        args.probabilities ? args.probabilities + args.offset(p, args.probability_strides)
+                           : nullptr;
+    scalar_t* gradient =
+        args.gradient ? args.gradient + args.offset(p, args.gradient_strides) : nullptr;
     const int64_t index = args.indices ? args.target(p) : -1;
     const bool ignored = args.indices && index == args.ignore_index;
     if (ignored) {

@@ -147,16 +147,12 @@ TORCHEXT_INLINE void pipelined_rows(const CrossEntropyArgs<scalar_t>& args, int6
   acc_t* exps = memory.data();
   while (reinterpret_cast<uintptr_t>(exps) % 64 != 0) ++exps;
 
-  const auto at = [&](int64_t p, const Strides& strides) {
-    const int64_t n = args.shape.inner == 1 ? p : p / args.shape.inner;
-    return n * strides.outer + (p - n * args.shape.inner) * strides.inner;
-  };
   // The first row from p on that counts; those before it are done with.
   const auto counted = [&](int64_t p) {
     for (; args.indices && p < end && args.target(p) == args.ignore_index; ++p) {
       if constexpr (kGradient) {
-        ignored_row<Isa, scalar_t>(args.input + at(p, args.input_strides),
-                                   args.gradient + at(p, args.gradient_strides), classes);
+        ignored_row<Isa, scalar_t>(args.input + args.offset(p, args.input_strides),
+                                   args.gradient + args.offset(p, args.gradient_strides), classes);
       }
       if (args.losses) args.losses[p] = 0;
       if (args.stats) args.stats[p] = args.stats[args.stats_stride + p] = 0;
@@ -166,16 +162,17 @@ TORCHEXT_INLINE void pipelined_rows(const CrossEntropyArgs<scalar_t>& args, int6
   const auto row_at = [&](int64_t p, acc_t* to) {
     Row row{};
     row.position = p;
-    row.x = args.input + at(p, args.input_strides);
+    row.x = args.input + args.offset(p, args.input_strides);
     row.index = args.indices ? args.target(p) : -1;
     if (args.indices) {
       row.target_x = static_cast<acc_t>(row.x[row.index]);
       row.target_weight = args.target_weight(row.index);
     }
-    if (args.probabilities)
-      row.probabilities = args.probabilities + at(p, args.probability_strides);
+    if (args.probabilities) {
+      row.probabilities = args.probabilities + args.offset(p, args.probability_strides);
+    }
     if constexpr (kGradient) {
-      row.gradient = args.gradient + at(p, args.gradient_strides);
+      row.gradient = args.gradient + args.offset(p, args.gradient_strides);
       row.exps = to;
       row.g = args.position_scale(p);
     }
@@ -188,7 +185,8 @@ TORCHEXT_INLINE void pipelined_rows(const CrossEntropyArgs<scalar_t>& args, int6
   const auto finish = [&]() {
     for (int64_t i = 0; i < done_count; ++i) {
       const acc_t loss = done[i].template loss<kDense>();
-      const auto [position, sums] = std::pair(done[i].position, done[i].sums);
+      const int64_t position = done[i].position;
+      const RowSums<acc_t>& sums = done[i].sums;
       if (args.losses) args.losses[position] = loss;
       if (args.block_losses) args.block_losses[position / kRowsPerBlock] += loss;
       if (args.stats) {
