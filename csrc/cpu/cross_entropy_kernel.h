@@ -194,6 +194,8 @@ TORCHEXT_INLINE RowSums<acc_type<scalar_t>> softmax_row(
     row.sum += simd::horizontal_sum<kLanes, acc_t>(sum);
     row.max = max;
   }
+  // Many equal terms are rounded alike.
+  if (kDense && !probabilities) row.mass = static_cast<acc_t>(args.uniform_mass);
   // log_softmax of nothing but -inf is NaN.
   if (row.max == -kInfinity) row.sum = std::numeric_limits<acc_t>::quiet_NaN();
   return row;

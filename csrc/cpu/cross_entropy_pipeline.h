@@ -124,7 +124,9 @@ TORCHEXT_INLINE void pipeline_stage(const CrossEntropyArgs<scalar_t>& args,
   next.sums.max = simd::horizontal_max<kLanes, acc_t>(max);
   now.sums.sum = simd::horizontal_sum<kLanes, acc_t>(sum);
   if constexpr (kDense) {
-    now.sums.mass = simd::horizontal_sum<kLanes, acc_t>(mass);
+    // Many equal terms would be rounded alike.
+    now.sums.mass = args.probabilities ? simd::horizontal_sum<kLanes, acc_t>(mass)
+                                       : static_cast<acc_t>(args.uniform_mass);
     now.sums.dot = simd::horizontal_sum<kLanes, acc_t>(dot);
   }
   // log_softmax of nothing but -inf is NaN.
