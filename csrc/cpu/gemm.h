@@ -3,10 +3,18 @@
 
 #include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
 
+#include <optional>
+
 #include "common/stable.h"
 #include "cpu/dispatch.h"
 #include "cpu/product.h"
 #include "cpu/simd.h"
+
+// As in torch's shim_cpu.h, one of the functions that its ahead-of-time compiler has packages call,
+// but that header takes no TORCH_STABLE_ONLY. Weak: null where torch is built without oneDNN.
+extern "C" [[gnu::weak]] AOTITorchError aoti_torch_cpu__linear_pointwise(
+    AtenTensorHandle X, AtenTensorHandle W, AtenTensorHandle* B, const char* attr,
+    const double** scalars, int64_t scalars_len_, const char** algorithm, AtenTensorHandle* ret0);
 
 namespace torchext::cpu {
 
@@ -30,6 +38,24 @@ inline void addmm_out(const Tensor& out, const Tensor& added, const Tensor& left
                       const Tensor& right) {
   TORCHEXT_AOTI_CHECK(
       aoti_torch_cpu_addmm_out(out.get(), added.get(), left.get(), right.get(), 1.0, 1.0));
+}
+
+// input @ weight.T + bias by oneDNN, rounded once, for bfloat16 where torch's own linear would come
+// to oneDNN, too. Unlike addmm it does not first copy the bias to every row and then read it back.
+// Nothing where it does not serve. It could apply ReLU as well, but its ReLU turns NaN into 0.
+template <typename scalar_t>
+std::optional<Tensor> linear_with_bias(const Tensor& input, const Tensor& weight,
+                                       const Tensor& bias) {
+  if (!std::is_same_v<scalar_t, simd::BFloat16> || simd::level() != simd::Level::kAvx512 ||
+      !aoti_torch_cpu__linear_pointwise || !input.is_contiguous() || !weight.is_contiguous() ||
+      !bias.is_contiguous()) {
+    return std::nullopt;
+  }
+  AtenTensorHandle with = bias.get(), result = nullptr;
+  const AOTITorchError error = aoti_torch_cpu__linear_pointwise(
+      input.get(), weight.get(), &with, "none", nullptr, 0, nullptr, &result);
+  if (error != AOTI_TORCH_SUCCESS) return std::nullopt;
+  return Tensor(result);
 }
 
 // What may go with a product.

@@ -148,28 +148,32 @@ Tensor linear_relu_forward_cpu(const Tensor& input, const Tensor& weight,
   const LinearShape shape = check_linear_relu(input, weight, bias);
   auto sizes = sizes_of(input);
   sizes.back() = shape.out_features;
-  const Tensor output = empty_like(input, sizes);
+  Tensor output = empty_like(input, sizes);
   if (output.numel() == 0) return output;
-  const Tensor product = output.dim() == 2 ? output
-                                           : as_strided(output, {shape.rows, shape.out_features},
-                                                        {shape.out_features, 1});
-  const Tensor matrix = as_matrix(input, shape.rows, shape.in_features);
   const Tensor dense_bias = bias ? as_contiguous(*bias) : Tensor();
   dispatch_floating(input.scalar_type(), "linear_relu", [&](auto zero) {
     using scalar_t = decltype(zero);
-    cpu::Also also;
-    also.bias = bias ? &dense_bias : nullptr;
-    also.relu = true;
-    if (cpu::own_product<scalar_t>(product, matrix, transposed(weight), also)) return;
-    BiasReluArgs<scalar_t> args{static_cast<scalar_t*>(product.mutable_data_ptr()), nullptr,
-                                shape.out_features};
-    if (bias && sizeof(scalar_t) == 2) {
-      // The product and the bias are rounded once, together, as eager rounds them.
-      addmm_out(product, *bias, matrix, transposed(weight));
+    BiasReluArgs<scalar_t> args{nullptr, nullptr, shape.out_features};
+    std::optional<Tensor> linear;
+    if (bias) linear = cpu::linear_with_bias<scalar_t>(input, weight, dense_bias);
+    if (linear) {
+      output = *linear;
     } else {
-      mm_out(product, matrix, transposed(weight));
-      if (bias) args.bias = static_cast<const scalar_t*>(dense_bias.const_data_ptr());
+      const Tensor product = as_matrix(output, shape.rows, shape.out_features);
+      const Tensor matrix = as_matrix(input, shape.rows, shape.in_features);
+      cpu::Also also;
+      also.bias = bias ? &dense_bias : nullptr;
+      also.relu = true;
+      if (cpu::own_product<scalar_t>(product, matrix, transposed(weight), also)) return;
+      if (bias && sizeof(scalar_t) == 2) {
+        // The product and the bias are rounded once, together, as eager rounds them.
+        addmm_out(product, *bias, matrix, transposed(weight));
+      } else {
+        mm_out(product, matrix, transposed(weight));
+        if (bias) args.bias = static_cast<const scalar_t*>(dense_bias.const_data_ptr());
+      }
     }
+    args.output = static_cast<scalar_t*>(output.mutable_data_ptr());
     for_each_block(shape.rows, kGrain / shape.out_features,
                    [&](int64_t begin, int64_t end) { bias_relu<scalar_t>(args, begin, end); });
   });
