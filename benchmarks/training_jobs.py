@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock  # which torch depends on
 from torch import Tensor, nn
 
 import torchext
@@ -346,14 +347,18 @@ def build_cpp_step() -> None:
     os.environ["PATH"] = os.pathsep.join((str(Path(sys.executable).parent), os.environ["PATH"]))
     folder = ROOT / "build" / "cpp-step"
     folder.mkdir(parents=True, exist_ok=True)
-    load(
-        "torchext_cpp_step",
-        [str(ROOT / "benchmarks" / "cpp_step.cpp")],
-        extra_cflags=["-O3", "-std=c++20"],
-        extra_include_paths=[torchext.include_path(), str(ROOT / "examples" / "cpp")],
-        build_directory=str(folder),
-        is_python_module=False,
-    )
+    # torch's own lock outlives a process that is ended while it compiles, and the next one waits
+    # for it for ever; the system frees this one.
+    with FileLock(folder / "building"):
+        (folder / "lock").unlink(missing_ok=True)
+        load(
+            "torchext_cpp_step",
+            [str(ROOT / "benchmarks" / "cpp_step.cpp")],
+            extra_cflags=["-O3", "-std=c++20"],
+            extra_include_paths=[torchext.include_path(), str(ROOT / "examples" / "cpp")],
+            build_directory=str(folder),
+            is_python_module=False,
+        )
 
 
 def find_trainer() -> Path | None:
