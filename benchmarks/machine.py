@@ -129,13 +129,18 @@ def _memory_bytes() -> int:
 
 
 def _cpu_model() -> str:
+    """The processor; a cloud that hides the model ("AMD EPYC") still tells family and number."""
+    found: dict[str, str] = {}
     try:
         for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
+            key, _, value = line.partition(":")
+            found.setdefault(key.strip(), value.strip())
     except OSError:
         pass
-    return platform.processor() or platform.machine()
+    name = found.get("model name") or platform.processor() or platform.machine()
+    if "cpu family" in found and not re.search(r"\d", name):
+        name += f" (family {found['cpu family']}, model {found.get('model', 'unknown')})"
+    return name
 
 
 def _huge_pages() -> str:

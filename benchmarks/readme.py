@@ -63,9 +63,18 @@ def _section(files: Sequence[Path], root: Path) -> list[str]:
     folders: dict[Path, list[Path]] = {}
     for path in files:
         folders.setdefault(path.parent, []).append(path)
-    lines = []
+    lines, also = [], []
+    kinds = set()
     for folder, paths in sorted(folders.items()):
-        lines += _machine(folder, paths, root)
+        one = load(paths[0])
+        if (kind := "gpu" in one.machine) not in kinds:
+            kinds.add(kind)
+            lines += _machine(folder, paths, root)
+        else:  # one table for a CPU and one for a GPU: the section is long enough
+            page = f"{folder.relative_to(root)}/report.md"
+            also.append(f"- The same on another machine: [{_title(one)}]({page})")
+    if also:
+        lines += [*also, ""]
     return lines or ["No results are committed yet: `make bench`."]
 
 

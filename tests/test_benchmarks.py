@@ -303,6 +303,10 @@ def test_readme_section_is_of_the_results(tmp_path):
     assert readme.run(check=True, path=page, results=folder) == 1
     assert readme.run(check=False, path=page, results=folder) == 0
     assert "slower: 8x8: torchext takes 2.00 times as long as eager" in page.read_text()
+    results.save(_results({EAGER: 4.0, OURS: 1.0, LIMIT: 0.5}), folder / "other" / path.name)
+    assert readme.run(check=False, path=page, results=folder) == 0
+    assert "results/other/report.md" in page.read_text()
+    assert page.read_text().count("| 8x8 |") == 1
 
 
 def test_command_writes_everything(tmp_path, capsys):
