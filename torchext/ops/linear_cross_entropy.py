@@ -27,12 +27,16 @@ from torchext.ops import linear_cross_entropy_fake as fakes
 from torchext.ops import linear_cross_entropy_gpu as gpu
 from torchext.ops.cross_entropy_fake import DEPRECATED_REDUCTIONS, REDUCTIONS
 from torchext.ops.extras import Extras
-from torchext.ops.linear_cross_entropy_call import INDICES, by_stock, cast_by_autocast, fit
+from torchext.ops.linear_cross_entropy_call import (
+    CODES,
+    INDICES,
+    by_stock,
+    cast_by_autocast,
+    fit,
+    place_of,
+)
 
-_CODES = {name: code for code, name in enumerate(REDUCTIONS)}
 _FLOAT32, _FLOAT64 = torch.float32, torch.float64
-_PLAIN, _FLOATING = _backend.PLAIN, _backend.FLOATING
-_NO_EXTRAS = tuple(with_extras.NONE)
 _NOTHING = (False, False, False)
 
 
@@ -102,11 +106,10 @@ def linear_cross_entropy(
         RuntimeError: where other shapes or dtypes do not go together.
         TypeError: where an argument is of another type.
     """
-    tensors = (input, linear_weight, target, linear_bias, weight)
-    if has_torch_function_variadic(*tensors):
+    if has_torch_function_variadic(input, linear_weight, target, linear_bias, weight):
         return handle_torch_function(
             linear_cross_entropy,
-            tensors,
+            (input, linear_weight, target, linear_bias, weight),
             input,
             linear_weight,
             target,
@@ -122,17 +125,37 @@ def linear_cross_entropy(
             return_argmax=return_argmax,
             ignored_mean=ignored_mean,
         )
-    arguments = (*tensors, reduction, ignore_index, label_smoothing)
-    asked = (z_loss, softcap, logit_scale, return_lse, return_argmax, ignored_mean)
-    if asked != _NO_EXTRAS:
-        return with_extras.linear_cross_entropy(_attempt, Extras(*asked), *arguments)
-    return _attempt(*arguments)
+    if (
+        z_loss or softcap is not None or logit_scale != 1.0
+        or return_lse or return_argmax or ignored_mean != "nan"
+    ):  # fmt: skip
+        extras = Extras(z_loss, softcap, logit_scale, return_lse, return_argmax, ignored_mean)
+        return with_extras.linear_cross_entropy(
+            _attempt, extras, input, linear_weight, target, linear_bias, weight, reduction,
+            ignore_index, label_smoothing,
+        )  # fmt: skip
+    try:
+        loss = by_stock(
+            input, linear_weight, target, linear_bias, weight, reduction, ignore_index,
+            label_smoothing,
+        )  # fmt: skip
+        if loss is None:
+            loss = _linear_cross_entropy(
+                input, linear_weight, target, linear_bias, weight, reduction, ignore_index,
+                label_smoothing,
+            )  # fmt: skip
+        return loss
+    except _errors.REFUSALS as error:
+        return _settle(
+            error, input, linear_weight, target, linear_bias, weight, reduction, ignore_index,
+            label_smoothing,
+        )  # fmt: skip
 
 
 def _attempt(*arguments: Any) -> Tensor:
+    """The call beside extras; what raises is settled."""
     try:
-        loss = by_stock(*arguments)
-        return _linear_cross_entropy(*arguments) if loss is None else loss
+        return _linear_cross_entropy(*arguments)
     except _errors.REFUSALS as error:
         return _settle(error, *arguments)
 
@@ -159,14 +182,14 @@ def _linear_cross_entropy(
         (ignore_index is not None and target.dtype not in INDICES)
         or (weight is not None and weight.dtype != input.dtype and narrow is None)
         or not fit(*tensors[:4])
-        or (place := _place(ordinary, *tensors)) == _backend.EAGER
+        or (place := place_of(ordinary, *tensors)) == _backend.EAGER
     ):
         return _unserved(
             narrow, input, linear_weight, target, linear_bias, weight, reduction, ignore_index,
             label_smoothing,
         )  # fmt: skip
     ignored = -100 if ignore_index is None else ignore_index
-    loss = _fused(place, ordinary, *tensors, _CODES[reduction], ignored, label_smoothing)
+    loss = _fused(place, ordinary, *tensors, CODES[reduction], ignored, label_smoothing)
     # As wide as the sums, which under autocast is the loss's own dtype.
     return loss if loss.dtype is input.dtype or narrow is not None else loss.to(input.dtype)
 
@@ -237,39 +260,6 @@ def _fused(
     return loss.reshape(shape) if shape is not None and code == 0 else loss
 
 
-def _place(
-    ordinary: bool,
-    input: Tensor,
-    linear_weight: Tensor,
-    target: Tensor,
-    linear_bias: Tensor | None,
-    weight: Tensor | None,
-) -> int:
-    """Which kernels serve the call, or are the ones to refuse it: see `_backend.route`."""
-    if weight is not None and weight.requires_grad:
-        return _backend.EAGER
-    if target.requires_grad or (target.dtype not in INDICES and target.dtype != input.dtype):
-        return _backend.EAGER
-    if not ordinary:
-        tensors = (input, linear_weight, target, linear_bias, weight)
-        work = input.numel() * linear_weight.shape[:-1].numel()
-        place = _backend.route(*tensors, op="linear_cross_entropy", work=work)
-        if place == _backend.OPERATOR and not input.is_cpu:
-            return place if gpu.library_takes(input, linear_weight, weight) else _backend.EAGER
-        return place
-    # The kernel itself refuses the other tensors' devices and layouts.
-    plain = (
-        input.dtype in _FLOATING
-        and type(input) in _PLAIN
-        and type(linear_weight) in _PLAIN
-        and type(target) is Tensor
-        and not (input.is_neg() or linear_weight.is_neg() or target.is_neg())
-        and (linear_bias is None or (type(linear_bias) in _PLAIN and not linear_bias.is_neg()))
-        and (weight is None or (type(weight) in _PLAIN and not weight.is_neg()))
-    )
-    return _backend.OPERATOR if plain else _backend.EAGER
-
-
 def _settle(
     error: Exception,
     input: Any,
@@ -301,7 +291,7 @@ def _settle(
             f"{reduction} is not a valid value for reduction"
         ) from None
     ignored = -100 if ignore_index is None else ignore_index
-    options = (_CODES.get(reduction, 1), ignored, label_smoothing, False, False, False)
+    options = (CODES.get(reduction, 1), ignored, label_smoothing, False, False, False)
     given = (reduction, ignore_index, label_smoothing)
     tensors = {
         "input": input,

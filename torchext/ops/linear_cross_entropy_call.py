@@ -8,12 +8,18 @@ import torch
 from torch import Tensor
 
 from torchext import _backend
+from torchext.ops import linear_cross_entropy_gpu as gpu
 from torchext.ops.cross_entropy_fake import REDUCTIONS
 
+_PLAIN, _FLOATING = _backend.PLAIN, _backend.FLOATING
 INDICES = frozenset({torch.int64, torch.int32, torch.uint8})
+CODES = {name: code for code, name in enumerate(REDUCTIONS)}
 
 _is_compiling = torch.compiler.is_compiling
 _tracing_state = torch._C._get_tracing_state
+_grad_enabled = torch.is_grad_enabled
+_INT64 = torch.int64
+_linear: Any = torch._C._nn.linear
 _stock: Any = torch._C._nn.cross_entropy_loss
 # Multiplications of the logits. Measured without gradients on 2 Zen 5 cores, us of stock and of
 # ours: 1 x 8 x 8 3.4 and 7.3, 16 x 16 x 16 6.0 and 7.6, 16 x 64 x 10 9.7 and 7.8.
@@ -48,7 +54,7 @@ def by_stock(
     if (
         not _backend.stock_when_small
         or (
-            torch.is_grad_enabled()
+            _grad_enabled()
             and (
                 input.requires_grad
                 or linear_weight.requires_grad
@@ -56,19 +62,21 @@ def by_stock(
                 or (weight is not None and weight.requires_grad)
             )
         )
-        or _is_compiling()
+        or _is_compiling()  # before the sizes: a compiler would guard on them
         or _tracing_state() is not None
-        or target.dtype is not torch.int64
+        or target.dtype is not _INT64
+        or linear_weight.numel() * target.numel() > _SMALL
         or input.dim() != 2
         or linear_weight.dim() != 2
-        or input.numel() * linear_weight.shape[0] > _SMALL
     ):
         return None
-    logits = torch._C._nn.linear(input, linear_weight, linear_bias)
-    ignored = -100 if ignore_index is None else ignore_index
-    code = REDUCTIONS.index(reduction)
     return _stock(  # type: ignore[no-any-return]
-        logits, target, weight, code, ignored, label_smoothing
+        _linear(input, linear_weight, linear_bias),
+        target,
+        weight,
+        CODES[reduction],
+        -100 if ignore_index is None else ignore_index,
+        label_smoothing,
     )
 
 
@@ -224,3 +232,45 @@ def scripted(
     )[0]
     loss = loss.to(input.dtype)
     return loss.reshape(shape) if code == 0 else loss
+
+
+def place_of(
+    ordinary: bool,
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    linear_bias: Tensor | None,
+    weight: Tensor | None,
+) -> int:
+    """Which kernels serve the call, or are the ones to refuse it: see `_backend.route`.
+
+    Args:
+        ordinary: past the dispatcher, see `_backend.ordinary`.
+        input: (*, H).
+        linear_weight: (C, ..., H).
+        target: class indices or probabilities.
+        linear_bias: (C, ...).
+        weight: (C).
+    """
+    if weight is not None and weight.requires_grad:
+        return _backend.EAGER
+    if target.requires_grad or (target.dtype not in INDICES and target.dtype != input.dtype):
+        return _backend.EAGER
+    if not ordinary:
+        tensors = (input, linear_weight, target, linear_bias, weight)
+        work = input.numel() * linear_weight.shape[:-1].numel()
+        place = _backend.route(*tensors, op="linear_cross_entropy", work=work)
+        if place == _backend.OPERATOR and not input.is_cpu:
+            return place if gpu.library_takes(input, linear_weight, weight) else _backend.EAGER
+        return place
+    # The kernel itself refuses the other tensors' devices and layouts.
+    plain = (
+        input.dtype in _FLOATING
+        and type(input) in _PLAIN
+        and type(linear_weight) in _PLAIN
+        and type(target) is Tensor
+        and not (input.is_neg() or linear_weight.is_neg() or target.is_neg())
+        and (linear_bias is None or (type(linear_bias) in _PLAIN and not linear_bias.is_neg()))
+        and (weight is None or (type(weight) in _PLAIN and not weight.is_neg()))
+    )
+    return _backend.OPERATOR if plain else _backend.EAGER
