@@ -18,7 +18,9 @@ $(VENV)/torch.stamp: Makefile
 	@touch $@
 
 $(VENV)/setup.stamp: $(VENV)/torch.stamp $(NATIVE)
-	$(BIN)/pip install --quiet --no-build-isolation -e ".[dev]"
+	@# Warnings of torch's and setuptools' own, about NumPy (which .[dev] brings) and editable installs.
+	PYTHONWARNINGS="ignore:Failed to initialize NumPy,ignore:Editable installation" \
+	  $(BIN)/pip install --quiet --no-build-isolation -e ".[dev]"
 	@touch $@
 
 setup: $(VENV)/setup.stamp  ## make .venv, install torch, build and install torchext (editable)
