@@ -148,8 +148,8 @@ Tensor linear_relu_forward_cpu(const Tensor& input, const Tensor& weight,
   const LinearShape shape = check_linear_relu(input, weight, bias);
   auto sizes = sizes_of(input);
   sizes.back() = shape.out_features;
-  Tensor output = empty_like(input, sizes);
-  if (output.numel() == 0) return output;
+  if (shape.rows * shape.out_features == 0) return empty_like(input, sizes);
+  Tensor output;
   const Tensor dense_bias = bias ? as_contiguous(*bias) : Tensor();
   dispatch_floating(input.scalar_type(), "linear_relu", [&](auto zero) {
     using scalar_t = decltype(zero);
@@ -159,6 +159,7 @@ Tensor linear_relu_forward_cpu(const Tensor& input, const Tensor& weight,
     if (linear) {
       output = *linear;
     } else {
+      output = empty_like(input, sizes);
       const Tensor product = as_matrix(output, shape.rows, shape.out_features);
       const Tensor matrix = as_matrix(input, shape.rows, shape.in_features);
       cpu::Also also;
