@@ -96,7 +96,7 @@ def test_the_operators_give_the_loss_as_wide_as_the_sums() -> None:
 
 def test_what_the_cuda_library_does_not_take(monkeypatch: pytest.MonkeyPatch) -> None:
     """Inner dimensions, and the weights of classes that autocast leaves wide."""
-    place = sys.modules[f"torchext.ops.{OP}"]._place
+    place = sys.modules[f"torchext.ops.{OP}"].place_of
     with FakeTensorMode():
         x = torch.empty(4, 5, device="cuda")
         flat = torch.empty(7, 5, device="cuda"), torch.empty(4, dtype=torch.int64, device="cuda")
