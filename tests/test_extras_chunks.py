@@ -15,7 +15,7 @@ from torch import Tensor
 import torchext
 from torchext import _backend
 from torchext.ops import extras as with_extras
-from torchext.ops import extras_chunks
+from torchext.ops import extras_source
 
 # Of the norm, beyond the error that the definition makes in the dtype: one rounding of the result,
 # or some of the sums.
@@ -40,8 +40,8 @@ def chunks_alone(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         return whole(*args)
 
     monkeypatch.setattr(with_extras, "_on_whole_logits", refuse)
-    monkeypatch.setattr(extras_chunks, "_BYTES", {"cpu": 1})
-    monkeypatch.setattr(extras_chunks, "_MIN_ROWS", 16)
+    monkeypatch.setattr(extras_source, "_BYTES", {"cpu": 1})
+    monkeypatch.setattr(extras_source, "_MIN_ROWS", 16)
     yield
 
 
@@ -166,7 +166,7 @@ def test_without_a_kernel(chunks_alone: None, monkeypatch: pytest.MonkeyPatch) -
         options = {"z_loss": 0.1, "return_lse": True, "label_smoothing": 0.1}
         upstream = [torch.randn(()), torch.randn(40)]
         ours = results(leaves, target, upstream, **options)
-        monkeypatch.setattr(extras_chunks, "_MIN_ROWS", 7)
+        monkeypatch.setattr(extras_source, "_MIN_ROWS", 7)
         for found, exact in zip(ours, definition(leaves, target, upstream, **options), strict=True):
             torch.testing.assert_close(found, exact, rtol=1e-10, atol=1e-12)
 

@@ -17,8 +17,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import torchext
 from torchext.ops import extras_autograd
 
-FORWARD = torch.ops.torchext.linear_cross_entropy_extras.default
-BACKWARD = torch.ops.torchext.linear_cross_entropy_extras_backward.default
+FORWARD = torch.ops.torchext.cross_entropy_extras.default
+BACKWARD = torch.ops.torchext.cross_entropy_extras_backward.default
 Function = Callable[..., Any]
 
 
@@ -247,7 +247,7 @@ def test_what_looks_at_a_call_sees_the_operator(chunks_alone: None) -> None:  # 
         expected = results(*call, **EXTRAS[1])
         with torch.profiler.profile() as profile:
             found = results(*call, **EXTRAS[1])
-        assert "torchext::linear_cross_entropy_extras" in {event.name for event in profile.events()}
+        assert "torchext::cross_entropy_extras" in {event.name for event in profile.events()}
         with Largest():
             watched = results(*call, **EXTRAS[1])
         for ours in (found, watched):
@@ -263,7 +263,7 @@ def test_a_trace_needs_no_python() -> None:
         return torchext.linear_cross_entropy(x, w, target, z_loss=0.1)  # type: ignore[no-any-return]
 
     traced = torch.jit.trace(loss, tuple(leaves), check_trace=False)
-    assert "linear_cross_entropy_extras" not in str(traced.graph)
+    assert "cross_entropy_extras" not in str(traced.graph)
     x, w = (leaf.requires_grad_() for leaf in leaves)
     torch.testing.assert_close(traced(x, w), loss(x, w))
 
@@ -354,7 +354,7 @@ def test_what_the_operator_refuses() -> None:
         (x[None], w, target[None], None, None),
         (x, w.double(), target, None, None),
     ):
-        with pytest.raises(RuntimeError, match="^linear_cross_entropy_extras: expected input"):
+        with pytest.raises(RuntimeError, match="^cross_entropy_extras: expected input"):
             FORWARD(*wrong, *options, *nothing)
     with pytest.raises(RuntimeError, match="expected reduction mean or sum"):
         FORWARD(x, w, target, None, None, *options, True, False, False)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 import torchext
-from torchext.ops import extras_chunks, extras_lse
+from torchext.ops import extras_lse, extras_source
 
 TOLERANCES = {
     torch.float64: 1e-12,
@@ -31,8 +31,8 @@ def layouts(dtype: torch.dtype) -> list[Tensor]:
 
 @pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
 def test_every_layout(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
-    monkeypatch.setattr(extras_chunks, "_BYTES", {"cpu": 1})
-    monkeypatch.setattr(extras_chunks, "_MIN_ROWS", 8)  # the chunks of narrow logits
+    monkeypatch.setattr(extras_source, "_BYTES", {"cpu": 1})
+    monkeypatch.setattr(extras_source, "_MIN_ROWS", 8)  # the chunks of narrow logits
     monkeypatch.setattr(extras_lse, "_defined", None)
     for logits in layouts(dtype):
         leaf = logits.detach().requires_grad_()

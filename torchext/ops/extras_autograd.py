@@ -21,7 +21,8 @@ from torchext import _autograd, _backend, reference
 from torchext.ops import extras as with_extras
 from torchext.ops.cross_entropy_fake import REDUCTIONS
 from torchext.ops.extras import Extras, Result
-from torchext.ops.extras_chunks import Linear, Options, Targets, log_sum, transformed
+from torchext.ops.extras_chunks import Options, Targets, log_sum, step
+from torchext.ops.extras_source import Linear, Logits, Source, has_kernel
 from torchext.ops.linear_cross_entropy_call import cast_by_autocast, go_together
 from torchext.ops.linear_cross_entropy_fake import wide
 
@@ -68,6 +69,8 @@ def attempt(
     ordinary = _backend.ordinary(any_backend=True, autocast=True)
     if any(isinstance(extra, Tensor) for extra in extras):  # a scale that is learned, say
         return None
+    if not all(isinstance(tensor, Tensor) for tensor in tensors[:3]):
+        return None
     if not _plain(*tensors, ordinary=ordinary):
         return None
     narrow = _backend.autocast_dtype(input)
@@ -92,29 +95,89 @@ def attempt(
         shape = shape[:1] + shape[2:]
     elif input.dim() != 2:
         input, target = input.reshape(-1, input.shape[-1]), target.reshape(-1)
+    options = Options(extras, reduction, ignored, smoothing, dtype if ordinary else sums)
+    loss, *others = _run(ordinary, input, linear_weight, linear_bias, target, weight, options)
+    loss = loss.to(dtype).reshape(shape) if reduction == "none" else loss.to(dtype)
+    others = [value.reshape(shape) for value in others]
+    return (loss, *others) if others else loss
+
+
+def attempt_logits(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    extras: Extras,
+    reduction: str,
+    ignore_index: int,
+    label_smoothing: float,
+) -> Result | None:
+    """Computes a loss of given logits by the CPU's kernel; None where it does not serve the call.
+
+    Args:
+        input: the logits (N, C).
+        target: class indices (N) or probabilities (N, C).
+        weight: (C).
+        extras: what is asked for.
+        reduction: of the loss.
+        ignore_index: of the loss.
+        label_smoothing: of the loss.
+
+    Raises:
+        IndexError: where a class index is neither in [0, C) nor `ignore_index`.
+    """
+    ordinary = _backend.ordinary(any_backend=True, autocast=True)
+    if (
+        input.dim() != 2
+        or any(isinstance(extra, Tensor) for extra in extras)
+        or not _plain(input, target, weight, ordinary=ordinary)
+        or not has_kernel(input, input.shape[1:])
+    ):
+        return None
+    if _backend.autocast_dtype(input) is not None:
+        input, target = (_backend.cast(t, torch.float32) for t in (input, target))
+        weight = None if weight is None else _backend.cast(weight, torch.float32)
+    if not (
+        len(input) > 0
+        and input.stride(1) == 1
+        and go_together(input, None, target, None, weight, input.dtype)
+        and (ignore_index < 0 or not target.is_floating_point())
+        and not label_smoothing > 1
+    ):
+        return None
+    smoothing = label_smoothing if label_smoothing > 0 else 0.0
+    dtype = input.dtype if ordinary else wide(input.dtype)
+    options = Options(extras, reduction, ignore_index, smoothing, dtype)
+    loss, *others = _run(ordinary, input, None, None, target, weight, options)
+    loss = loss.to(input.dtype)
+    return (loss, *others) if others else loss
+
+
+def _run(
+    ordinary: bool,
+    input: Tensor,
+    linear_weight: Tensor | None,
+    linear_bias: Tensor | None,
+    target: Tensor,
+    weight: Tensor | None,
+    options: Options,
+) -> list[Tensor]:
+    """Returns the loss, and the lse and argmax that are asked for."""
     differentiable = (input, linear_weight, linear_bias)
     differentiate = torch.is_grad_enabled()
     needed = tuple(differentiate and t is not None and t.requires_grad for t in differentiable)
-    options = Options(extras, reduction, ignored, smoothing, dtype if ordinary else sums)
     if not ordinary:
         from torchext.ops import extras_operator  # made of what is here
 
-        loss, lse, argmax = extras_operator.call(needed, *differentiable, target, weight, options)
-        loss = loss.to(dtype)
+        found = extras_operator.call(needed, *differentiable, target, weight, options)
     elif True in needed:
-        call = _Function.apply
-        loss, lse, argmax = call(*differentiable, target, weight, options)  # type: ignore[no-untyped-call]
+        found = _Function.apply(*differentiable, target, weight, options)  # type: ignore[no-untyped-call]
     else:
-        loss, lse, argmax, *_ = forward(_NOTHING, *differentiable, target, weight, options)
-    loss = loss.reshape(shape) if reduction == "none" else loss
-    others = [value.reshape(shape) for value in (lse, argmax) if value is not None]
-    return (loss, *others) if others else loss
+        found = forward(_NOTHING, *differentiable, target, weight, options)[:3]
+    return [value for value in found if value is not None]
 
 
 def _plain(*tensors: Tensor | None, ordinary: bool) -> bool:
     """Whether the tensors are plain memory of a device that has kernels of cross_entropy."""
-    if not all(isinstance(tensor, Tensor) for tensor in tensors[:3]):
-        return False
     if _backend.route(*tensors, op="cross_entropy", fake=not ordinary) == _backend.EAGER:
         return False
     if ordinary:
@@ -123,10 +186,20 @@ def _plain(*tensors: Tensor | None, ordinary: bool) -> bool:
     return torch.compiler.is_compiling() or torch._C._get_tracing_state() is None
 
 
+def source_of(
+    input: Tensor, linear_weight: Tensor | None, linear_bias: Tensor | None, options: Options
+) -> Source:
+    """Returns the logits: the input itself, or what the linear transformation makes of it."""
+    softcap = options.extras.softcap is not None
+    if linear_weight is None:
+        return Logits(input, softcap)
+    return Linear(input, linear_weight, linear_bias, softcap)
+
+
 def forward(
     at_once: _Needed,
     input: Tensor,
-    linear_weight: Tensor,
+    linear_weight: Tensor | None,
     linear_bias: Tensor | None,
     target: Tensor,
     weight: Tensor | None,
@@ -134,55 +207,21 @@ def forward(
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor, Tensor, Grads]:
     """Returns loss, lse, argmax, stats, what backward divides by, and the gradients at once."""
     extras, reduction = options.extras, options.reduction
-    source = Linear(input, linear_weight, linear_bias, extras.softcap is not None)
+    source = source_of(input, linear_weight, linear_bias, options)
+    targets = Targets(target, weight, source, wide(input.dtype), options)
     source.want(at_once)
-    targets = Targets(target, weight, len(linear_weight), wide(input.dtype), options)
     mass = targets.mass() if reduction == "mean" else input.new_ones((), dtype=torch.float64)
     stats = input.new_empty((2, *targets.positions), dtype=targets.dtype)
-    losses = torch.empty_like(stats[0]) if reduction == "none" else None
+    losses = torch.empty_like(stats[0])
     argmax = torch.empty_like(stats[0], dtype=torch.int64) if extras.return_argmax else None
-    total = input.new_zeros((), dtype=torch.float64)
     of_loss = None
     if True in at_once:
-        share = (extras.logit_scale / mass).to(targets.dtype)
-        of_loss = targets.keep(share.expand(targets.positions), 0, source.rows)
+        of_loss = (1 / mass).to(targets.dtype).expand(targets.positions)
     for first, last in source.chunks():
-        z = transformed(source.logits(first, last), extras, source.factor_of(first, last))
-        rows, stats[:, first:last] = targets.losses(z, first, last)
-        if losses is None:
-            total += rows.sum(dtype=torch.float64)
-        else:
-            losses[first:last] = rows
-        if argmax is not None:
-            argmax[first:last] = z.argmax(1)
-        if of_loss is not None:
-            _gradient(source, targets, z, stats, of_loss, None, first, last)
-    loss = losses if losses is not None else total / mass
+        step(source, targets, stats, losses, argmax, of_loss, None, first, last)
+    loss = losses if reduction == "none" else losses.sum(dtype=torch.float64) / mass
     lse = log_sum(stats) if extras.return_lse else None
     return loss.to(options.dtype), lse, argmax, stats, mass, source.gradients()
-
-
-def _gradient(
-    source: Linear,
-    targets: Targets,
-    z: Tensor,
-    stats: Tensor,
-    of_loss: Tensor | None,
-    of_lse: Tensor | None,
-    first: int,
-    last: int,
-) -> None:
-    """What rows [first, last) give the gradients; `z` is overwritten."""
-    gradient = targets.gradient(
-        z,
-        stats[:, first:last],
-        None if of_loss is None else of_loss[first:last],
-        None if of_lse is None else of_lse[first:last],
-        first,
-        last,
-    )
-    factor = source.factor_of(first, last)
-    source.take(gradient if factor is None else gradient.mul_(factor), first, last)
 
 
 def again(
@@ -190,7 +229,7 @@ def again(
     grad_lse: Tensor | None,
     needed: _Needed,
     input: Tensor,
-    linear_weight: Tensor,
+    linear_weight: Tensor | None,
     linear_bias: Tensor | None,
     target: Tensor,
     weight: Tensor | None,
@@ -199,20 +238,15 @@ def again(
     options: Options,
 ) -> Grads:
     """Returns the needed gradients, the logits made again."""
-    source = Linear(input, linear_weight, linear_bias, options.extras.softcap is not None)
+    source = source_of(input, linear_weight, linear_bias, options)
+    targets = Targets(target, weight, source, wide(input.dtype), options)
     source.want(needed)
-    targets = Targets(target, weight, len(linear_weight), wide(input.dtype), options)
-    scale = options.extras.logit_scale
-    of_loss = of_lse = None
+    of_loss = None
     if grad_loss is not None:
-        share = (grad_loss.to(torch.float64) * scale / mass).to(targets.dtype)
-        of_loss = targets.keep(share.expand(targets.positions), 0, source.rows)
-    if grad_lse is not None:
-        of_lse = grad_lse * scale
+        share = (grad_loss.to(torch.float64) / mass).to(targets.dtype)
+        of_loss = share.expand(targets.positions)
     for first, last in source.chunks():
-        factor = source.factor_of(first, last)
-        z = transformed(source.logits(first, last), options.extras, factor)
-        _gradient(source, targets, z, stats, of_loss, of_lse, first, last)
+        step(source, targets, stats, None, None, of_loss, grad_lse, first, last)
     return source.gradients()
 
 
@@ -237,9 +271,11 @@ def backward(
         target, weight = saved[3:5]
         begin, end = (1 if grad_loss is None else 0), (1 if grad_lse is None else 2)
 
-        def definition(x: Tensor, w: Tensor, b: Tensor | None) -> tuple[Tensor, ...]:
-            logits = F.linear(x, w.flatten(0, -2), None if b is None else b.flatten())
-            logits = logits.view(len(x), *w.shape[:-1])
+        def definition(x: Tensor, w: Tensor | None, b: Tensor | None) -> tuple[Tensor, ...]:
+            logits = x
+            if w is not None:
+                logits = F.linear(x, w.flatten(0, -2), None if b is None else b.flatten())
+                logits = logits.view(len(x), *w.shape[:-1])
             return defined(logits, target, weight, ctx.options)[begin:end]
 
         return _autograd.reference_gradients(definition, saved[:3], needed, upstream)

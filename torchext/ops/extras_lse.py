@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from torchext import _autograd, _backend
-from torchext.ops.extras_chunks import log_sum, rows_per_chunk, with_nan
+from torchext.ops.extras_chunks import log_sum, with_nan
+from torchext.ops.extras_source import rows_per_chunk
 from torchext.ops.linear_cross_entropy_fake import wide
 
 

@@ -1,9 +1,9 @@
 """The extras' chunks as registered operators: what compile, export and make_fx keep of a call.
 
-Their kernels are the functions of eager calls, in Python, for every device. The loss has the dtype
-of the sums, float32 or float64; what is not asked for has no elements. `mass` is what a mean was
-divided by. The gradients that are asked for come with the loss of a mean or sum, as in
-linear_cross_entropy_forward.
+Without a linear_weight the input is the logits. Their kernels are the functions of eager calls, in
+Python, for every device. The loss has the dtype of the sums, float32 or float64; what is not asked
+for has no elements. `mass` is what a mean was divided by. The gradients that are asked for come
+with the loss of a mean or sum, as in linear_cross_entropy_forward.
 
 Siblings: torchext/ops/extras_autograd.py (the formula), torchext/ops/extras_chunks.py (the
 arithmetic), tests/test_extras_compiled.py.
@@ -24,8 +24,8 @@ from torchext.ops.extras_chunks import Options
 from torchext.ops.linear_cross_entropy_call import go_together
 from torchext.ops.linear_cross_entropy_fake import wide
 
-_NAME = "linear_cross_entropy_extras"
-_TENSORS = "Tensor input, Tensor linear_weight, Tensor target, Tensor? linear_bias, Tensor? weight"
+_NAME = "cross_entropy_extras"
+_TENSORS = "Tensor input, Tensor? linear_weight, Tensor target, Tensor? linear_bias, Tensor? weight"
 _OPTIONS = (
     "int ignore_index, float label_smoothing, float z_loss, float? softcap, float logit_scale"
 )
@@ -46,7 +46,7 @@ _MAKING_AGAIN = 5  # how many options backward takes, the first ones
 def call(
     needed: tuple[bool, ...],
     input: Tensor,
-    linear_weight: Tensor,
+    linear_weight: Tensor | None,
     linear_bias: Tensor | None,
     target: Tensor,
     weight: Tensor | None,
@@ -98,15 +98,18 @@ def _decoded(
     return Options(extras, REDUCTIONS[reduction], ignore_index, label_smoothing, sums)
 
 
-def _check(tensors: tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]) -> None:
-    """Raises RuntimeError for what the public function would never give to the operators."""
-    input = tensors[0]
+def _check(
+    tensors: tuple[Tensor, Tensor | None, Tensor, Tensor | None, Tensor | None],
+) -> None:
+    """Raises RuntimeError for what the public functions would never give to the operators."""
+    input, linear_weight = tensors[:2]
     # Under autocast probabilities and class weights are as wide as the sums.
     dtypes = {input.dtype, wide(input.dtype)}
-    if input.dim() != 2 or not any(go_together(*tensors, dtype) for dtype in dtypes):
+    shaped = linear_weight is None or input.dim() == 2
+    if not shaped or not any(go_together(*tensors, dtype) for dtype in dtypes):
         given = [None if t is None else f"{list(t.shape)} of {t.dtype}" for t in tensors]
         raise RuntimeError(
-            f"{_NAME}: expected input (N, H) and what goes with it in torchext."
+            f"{_NAME}: expected input (N, H) or logits, and what goes with it in torchext."
             f"linear_cross_entropy, but got input, linear_weight, target, linear_bias and weight "
             f"of shapes {given}"
         )
@@ -119,7 +122,7 @@ def _filled(grads: Grads, input: Tensor) -> tuple[Tensor, ...]:
 
 def _forward(
     input: Tensor,
-    linear_weight: Tensor,
+    linear_weight: Tensor | None,
     target: Tensor,
     linear_bias: Tensor | None,
     weight: Tensor | None,
@@ -145,7 +148,7 @@ def _forward(
 
 def _forward_fake(
     input: Tensor,
-    linear_weight: Tensor,
+    linear_weight: Tensor | None,
     target: Tensor,
     linear_bias: Tensor | None,
     weight: Tensor | None,
@@ -154,7 +157,8 @@ def _forward_fake(
     _check((input, linear_weight, target, linear_bias, weight))
     reduction, _, return_lse, return_argmax = rest[_MAKING_AGAIN:-3]
     sums = wide(input.dtype)
-    positions = (input.shape[0], *linear_weight.shape[1:-1])
+    inner = input.shape[2:] if linear_weight is None else linear_weight.shape[1:-1]
+    positions = (input.shape[0], *inner)
     return (
         input.new_empty(positions if reduction == 0 else (), dtype=sums),
         input.new_empty(positions if return_lse else (0,), dtype=sums),
@@ -166,7 +170,10 @@ def _forward_fake(
 
 
 def _gradients_fake(
-    input: Tensor, linear_weight: Tensor, linear_bias: Tensor | None, wanted: tuple[bool, ...]
+    input: Tensor,
+    linear_weight: Tensor | None,
+    linear_bias: Tensor | None,
+    wanted: tuple[bool, ...],
 ) -> tuple[Tensor, ...]:
     tensors = (input, linear_weight, linear_bias)
     return tuple(
@@ -179,7 +186,7 @@ def _backward(
     grad_loss: Tensor | None,
     grad_lse: Tensor | None,
     input: Tensor,
-    linear_weight: Tensor,
+    linear_weight: Tensor | None,
     target: Tensor,
     linear_bias: Tensor | None,
     weight: Tensor | None,
@@ -204,7 +211,7 @@ def _backward_fake(
     grad_loss: Tensor | None,
     grad_lse: Tensor | None,
     input: Tensor,
-    linear_weight: Tensor,
+    linear_weight: Tensor | None,
     target: Tensor,
     linear_bias: Tensor | None,
     *rest: Any,
@@ -217,7 +224,7 @@ def _again(
     grad_lse: Tensor | None,
     needed: tuple[bool, bool, bool],
     input: Tensor,
-    linear_weight: Tensor,
+    linear_weight: Tensor | None,
     linear_bias: Tensor | None,
     target: Tensor,
     weight: Tensor | None,
@@ -242,6 +249,8 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     ctx.owned, ctx.options = False, _decoded(input, *encoded[:-3])
     ctx.set_materialize_grads(False)
     made = [grad if want else None for grad, want in zip(grads, encoded[-3:], strict=True)]
+    if linear_weight is None:
+        made[1] = None
     if linear_bias is None:
         made[2] = None
     ctx.save_for_backward(input, linear_weight, linear_bias, target, weight, stats, mass, *made)
@@ -270,5 +279,5 @@ for _schema, _kernel, _fake in (
 torch.library.register_autograd(
     f"torchext::{_NAME}", _differentiated, setup_context=_setup_context, lib=_library
 )
-_forward_op = torch.ops.torchext.linear_cross_entropy_extras.default
-_backward_op = torch.ops.torchext.linear_cross_entropy_extras_backward.default
+_forward_op = torch.ops.torchext.cross_entropy_extras.default
+_backward_op = torch.ops.torchext.cross_entropy_extras_backward.default

@@ -134,7 +134,7 @@ def fit(input: Tensor, linear_weight: Tensor, target: Tensor, linear_bias: Tenso
 
 def go_together(
     input: Tensor,
-    linear_weight: Tensor,
+    linear_weight: Tensor | None,
     target: Tensor,
     linear_bias: Tensor | None,
     weight: Tensor | None,
@@ -143,30 +143,38 @@ def go_together(
     """Whether shapes and dtypes are those of a call that goes by chunks.
 
     Args:
-        input: (*, H).
-        linear_weight: (C, H), or (C, d1, ..., dK, H) with input (N, H).
+        input: (*, H), or logits (N, C, d1, ..., dK).
+        linear_weight: (C, H), or (C, d1, ..., dK, H) with input (N, H); None with logits.
         target: (*), (N, d1, ..., dK) or (N, C, d1, ..., dK).
         linear_bias: linear_weight's shape without H.
         weight: (C).
         dtype: that of probabilities and weight.
     """
-    if linear_weight.dim() < 2 or input.dim() < 1:
+    if linear_weight is None:
+        if input.dim() < 2 or linear_bias is not None:
+            return False
+        batch, inner = input.shape[:1], input.shape[1:]
+    elif (
+        linear_weight.dim() < 2
+        or input.dim() < 1
+        or input.shape[-1] != linear_weight.shape[-1]
+        or linear_weight.dtype is not input.dtype
+    ):
         return False
-    inner = linear_weight.shape[:-1]
+    else:
+        batch, inner = input.shape[:-1], linear_weight.shape[:-1]
     if target.dtype in INDICES:
-        fitting = target.shape == input.shape[:-1] + inner[1:]
+        fitting = target.shape == batch + inner[1:]
     else:
         fitting = (
-            target.shape == input.shape[:-1] + inner
+            target.shape == batch + inner
             and target.dtype is dtype
             and not target.requires_grad
-            and input.dim() == 2
+            and len(batch) == 1
         )
     return (
         fitting
-        and (len(inner) == 1 or input.dim() == 2)
-        and input.shape[-1] == linear_weight.shape[-1]
-        and linear_weight.dtype is input.dtype
+        and (len(inner) == 1 or len(batch) == 1)
         and (
             linear_bias is None or (linear_bias.shape == inner and linear_bias.dtype is input.dtype)
         )

@@ -1,0 +1,17 @@
+#include "ops/cross_entropy_extras.h"
+
+STABLE_TORCH_LIBRARY_FRAGMENT(torchext, m) {
+  // Rows of logits (N, C). With `loss`, what comes of them: loss, the maxima and sums of the
+  // transformed logits (`stats`), and their argmax; without, stats are those of such a call.
+  // `gradient`, which may be input, is what the gradients of each row's loss and lse give. softcap
+  // is 0 for none.
+  m.def(
+      "cross_entropy_extras_rows(Tensor input, Tensor target, Tensor? weight, int ignore_index, "
+      "float label_smoothing, float z_loss, float softcap, float logit_scale, Tensor? grad_loss, "
+      "Tensor? grad_lse, Tensor(a!)? gradient, Tensor(b!)? loss, Tensor(c!) stats, "
+      "Tensor(d!)? argmax) -> ()");
+  // What a mean over class indices divides by, in float64: how many are not ignored, or the sum of
+  // their weights. Refuses indices that are none.
+  m.def(
+      "cross_entropy_mass(Tensor target, Tensor? weight, int classes, int ignore_index) -> Tensor");
+}

@@ -1,0 +1,224 @@
+"""The logits of a loss with extras, a chunk of rows at a time, and where their gradient goes.
+
+Workspace: 64 MiB on the CPU, 512 MiB elsewhere, or 256 rows of logits where those are more. Where
+the CPU's kernel does not serve, again as much for softcap, and half for narrow logits. Logits that
+are given need none with it.
+
+Siblings: torchext/ops/extras_chunks.py (the arithmetic).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from torchext import _backend
+from torchext.ops.linear_cross_entropy_fake import wide
+
+_BYTES = {"cpu": 64 << 20}
+_BYTES_ELSEWHERE = 512 << 20
+_MIN_ROWS = 256
+_FEWEST_CLASSES = 16  # of the kernel: kFewestClassesOfExtras
+
+
+def rows_per_chunk(rows: int, columns: int, like: Tensor) -> int:
+    """Returns how many rows of logits are made at once."""
+    budget = _BYTES.get(like.device.type, _BYTES_ELSEWHERE)
+    fit = budget // (columns * wide(like.dtype).itemsize)
+    return max(1, min(rows, max(_MIN_ROWS, fit // _MIN_ROWS * _MIN_ROWS)))
+
+
+def has_kernel(like: Tensor, shape: Sequence[int]) -> bool:
+    """Whether the CPU's kernel serves logits of like's dtype, and a shape after their rows."""
+    return (
+        like.is_cpu
+        and len(shape) == 1
+        and shape[0] >= _FEWEST_CLASSES
+        and _backend.route(like, op="cross_entropy") == _backend.OPERATOR
+    )
+
+
+class Source:
+    """Logits by chunks of rows, and where their gradient goes."""
+
+    rows: int
+    chunk: int
+    shape: torch.Size
+    """What comes after the rows: (C, d1, ..., dK)."""
+    kernel: bool
+    """Whether the CPU's kernel makes the gradient, in `room`, of logits that stay as they are."""
+
+    def chunks(self) -> Iterator[tuple[int, int]]:
+        """Yields the first row of each chunk, and the one after its last."""
+        for first in range(0, self.rows, self.chunk):
+            yield first, min(self.rows, first + self.chunk)
+
+    def want(self, needed: tuple[bool, bool, bool]) -> None:
+        """Makes room for the gradients of input, linear_weight and linear_bias."""
+        raise NotImplementedError
+
+    def logits(self, first: int, last: int) -> Tensor:
+        """Returns rows [first, last).
+
+        The kernel reads them; else they are of the sums' dtype, to be overwritten.
+        """
+        raise NotImplementedError
+
+    def room(self, first: int, last: int) -> Tensor:
+        """Returns where the kernel puts the gradient of those rows."""
+        raise NotImplementedError
+
+    def factor_of(self, first: int, last: int) -> Tensor | None:
+        """Returns the room for softcap's derivative at rows [first, last)."""
+        raise NotImplementedError
+
+    def take(self, gradient: Tensor, first: int, last: int) -> None:
+        """Puts the gradient of rows [first, last) into those of the tensors."""
+        raise NotImplementedError
+
+    def gradients(self) -> tuple[Tensor | None, ...]:
+        """Returns those that are wanted, when all rows have been taken."""
+        raise NotImplementedError
+
+
+class Logits(Source):
+    """Logits that are given: one chunk for the kernel.
+
+    Args:
+        input: (N, C, d1, ..., dK).
+        softcap: whether the gradient needs a factor for each logit.
+    """
+
+    def __init__(self, input: Tensor, softcap: bool) -> None:
+        self.input, self.shape, self.rows = input, input.shape[1:], len(input)
+        self.kernel = has_kernel(input, self.shape) and input.stride(1) == 1
+        self.chunk = self.rows
+        self._softcap = softcap
+        if not self.kernel:
+            self.chunk = rows_per_chunk(self.rows, math.prod(self.shape), input)
+        self._gradient: Tensor | None = None
+
+    def want(self, needed: tuple[bool, bool, bool]) -> None:  # noqa: D102
+        self._gradient = torch.empty_like(self.input) if needed[0] else None
+
+    def logits(self, first: int, last: int) -> Tensor:  # noqa: D102
+        rows = self.input[first:last]
+        return rows if self.kernel else rows.to(wide(rows.dtype), copy=True)
+
+    def room(self, first: int, last: int) -> Tensor:  # noqa: D102
+        assert self._gradient is not None
+        return self._gradient[first:last]
+
+    def factor_of(self, first: int, last: int) -> Tensor | None:  # noqa: D102
+        if not self._softcap:
+            return None
+        rows = self.input[first:last]
+        return torch.empty_like(rows, dtype=wide(rows.dtype))
+
+    def take(self, gradient: Tensor, first: int, last: int) -> None:  # noqa: D102
+        if not self.kernel:
+            self.room(first, last).copy_(gradient)
+
+    def gradients(self) -> tuple[Tensor | None, ...]:  # noqa: D102
+        return (self._gradient, None, None)
+
+
+class Linear(Source):
+    """The logits of a linear transformation, a chunk at a time, and the gradients of its tensors.
+
+    Args:
+        input: (N, H).
+        linear_weight: (C, d1, ..., dK, H).
+        linear_bias: (C, d1, ..., dK).
+        softcap: whether the gradient needs a factor for each logit.
+    """
+
+    def __init__(
+        self,
+        input: Tensor,
+        linear_weight: Tensor,
+        linear_bias: Tensor | None,
+        softcap: bool,
+    ) -> None:
+        self.shape = linear_weight.shape[:-1]
+        self.kernel = has_kernel(input, self.shape)
+        linear_weight = linear_weight.reshape(-1, linear_weight.shape[-1])
+        linear_bias = None if linear_bias is None else linear_bias.reshape(-1)
+        self.tensors = (input, linear_weight, linear_bias)
+        self.rows, columns = len(input), len(linear_weight)
+        self.chunk = rows_per_chunk(self.rows, columns, input)
+        self._logits = input.new_empty((self.chunk, columns))
+        self._sums_dtype = wide(input.dtype)
+        self._z = self._logits
+        if not self.kernel and self._sums_dtype is not input.dtype:
+            self._z = torch.empty_like(self._logits, dtype=self._sums_dtype)
+        self._factor = torch.empty_like(self._z) if softcap and not self.kernel else None
+        self._gradients: list[Tensor | None] = [None, None, None]
+        self._sums: list[Tensor | None] = [None, None]
+
+    def want(self, needed: tuple[bool, bool, bool]) -> None:
+        """Makes room for gradients: those of narrow tensors are summed in float32."""
+        sums = self._sums_dtype
+        # Over no rows nothing is written.
+        make = torch.empty_like if self.rows > 0 else torch.zeros_like
+        for i, (tensor, need) in enumerate(zip(self.tensors, needed, strict=True)):
+            if need and tensor is not None:
+                self._gradients[i] = make(tensor, memory_format=torch.contiguous_format)
+        _, weight, bias = self._gradients
+        if weight is not None and weight.dtype is not sums and self.chunk < self.rows:
+            self._sums[0] = torch.zeros_like(weight, dtype=sums)
+        if bias is not None:
+            self._sums[1] = torch.zeros_like(bias, dtype=sums)
+
+    def logits(self, first: int, last: int) -> Tensor:  # noqa: D102
+        input, linear_weight, linear_bias = self.tensors
+        out = self._logits[: last - first]
+        if linear_bias is None:
+            torch.mm(input[first:last], linear_weight.t(), out=out)
+        else:
+            torch.addmm(linear_bias, input[first:last], linear_weight.t(), out=out)
+        z = self._z[: last - first]
+        if z.dtype is not out.dtype:
+            z.copy_(out)
+        return z.view(-1, *self.shape)
+
+    def room(self, first: int, last: int) -> Tensor:  # noqa: D102
+        return self._logits[: last - first]
+
+    def factor_of(self, first: int, last: int) -> Tensor | None:  # noqa: D102
+        return None if self._factor is None else self._factor[: last - first].view(-1, *self.shape)
+
+    def take(self, gradient: Tensor, first: int, last: int) -> None:  # noqa: D102
+        input, linear_weight, _ = self.tensors
+        of_input, of_weight, of_bias = self._gradients
+        gradient = gradient.view(last - first, -1)
+        if of_bias is not None:
+            assert self._sums[1] is not None
+            self._sums[1] += gradient.sum(0, dtype=self._sums_dtype)
+        narrow = self._logits[: last - first]
+        if narrow.dtype is not gradient.dtype:
+            narrow.copy_(gradient)
+        if of_input is not None:
+            torch.mm(narrow, linear_weight, out=of_input[first:last])
+        if of_weight is None:
+            return
+        if self._sums[0] is not None:
+            self._sums[0] += torch.mm(narrow.t(), input[first:last], out=of_weight)
+        elif first == 0:
+            torch.mm(narrow.t(), input[first:last], out=of_weight)
+        else:
+            of_weight.addmm_(narrow.t(), input[first:last])
+
+    def gradients(self) -> tuple[Tensor | None, ...]:  # noqa: D102
+        for gradient, total in zip(self._gradients[1:], self._sums, strict=True):
+            if gradient is not None and total is not None:
+                gradient.copy_(total)
+        of_input, of_weight, of_bias = self._gradients
+        return (
+            of_input,
+            None if of_weight is None else of_weight.view(*self.shape, of_weight.shape[-1]),
+            None if of_bias is None else of_bias.view(self.shape),
+        )
