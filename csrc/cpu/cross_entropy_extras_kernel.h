@@ -40,22 +40,42 @@ struct ExtrasScratch {
   std::vector<acc_t> z, exps, probabilities;
 };
 
+// z of a row. Logits that are small beside the cap, as most are, need tanh's polynomial alone: it
+// is looked for in groups of vectors (1024 x 1000 floats, all small: 350 us, 660 without).
 template <class Isa, typename scalar_t>
 TORCHEXT_INLINE void transform_row(const ExtrasArgs<scalar_t>& args, const scalar_t* x,
                                    acc_type<scalar_t>* z, int64_t classes) {
   using acc_t = acc_type<scalar_t>;
   constexpr int kLanes = kLanesOf<Isa, scalar_t>;
-  const acc_t inner = args.softcap == 0 ? args.logit_scale : args.logit_scale / args.softcap;
-  const auto at = [&](int64_t c, auto capped) __attribute__((always_inline)) {
-    auto value = simd::load<kLanes>(x + c) * inner;
-    if constexpr (capped()) value = simd::tanh<kLanes, acc_t>(value) * args.softcap;
-    simd::store<kLanes>(z + c, value);
+  constexpr int kGroup = 4;
+  using Acc = Vector<acc_t, kLanes>;
+  const acc_t cap = args.softcap;
+  const acc_t inner = cap == 0 ? args.logit_scale : args.logit_scale / cap;
+  const auto scaled = [&](int64_t c) __attribute__((always_inline)) {
+    return simd::load<kLanes>(x + c) * inner;
   };
-  const auto walk = [&](auto capped) __attribute__((always_inline)) {
-    for (int64_t c = 0; c + kLanes <= classes; c += kLanes) at(c, capped);
-    if (classes % kLanes) at(classes - kLanes, capped);
+  const auto put = [&](int64_t c, Acc value) __attribute__((always_inline)) {
+    simd::store<kLanes>(z + c, cap == 0 ? value : simd::tanh<kLanes, acc_t>(value) * cap);
   };
-  args.softcap == 0 ? walk(std::false_type{}) : walk(std::true_type{});
+  int64_t c = 0;
+  for (; cap != 0 && c + kGroup * kLanes <= classes; c += kGroup * kLanes) {
+    Acc value[kGroup], largest = {};
+    for (int i = 0; i < kGroup; ++i) {
+      value[i] = scaled(c + i * kLanes);
+      const Acc size = value[i] < acc_t{0} ? -value[i] : value[i];
+      largest = size > largest ? size : largest;
+    }
+    // NaN is passed over here, and stays what it is in either.
+    if (simd::horizontal_max<kLanes, acc_t>(largest) < simd::kSmallTanh<acc_t>) {
+      for (int i = 0; i < kGroup; ++i) {
+        simd::store<kLanes>(z + c + i * kLanes, simd::tanh_small<kLanes, acc_t>(value[i]) * cap);
+      }
+    } else {
+      for (int i = 0; i < kGroup; ++i) put(c + i * kLanes, value[i]);
+    }
+  }
+  for (; c + kLanes <= classes; c += kLanes) put(c, scaled(c));
+  if (classes % kLanes) put(classes - kLanes, scaled(classes - kLanes));
 }
 
 template <typename scalar_t>
@@ -72,6 +92,11 @@ int64_t argmax_of(const acc_t* z, int64_t classes, const RowSums<acc_t>& row) {
     if (nan != end) return nan - z;
   }
   return std::find(z, end, row.max) - z;
+}
+
+template <typename acc_t>
+acc_t lse_of(acc_t max, acc_t sum) {
+  return std::isinf(max) ? max : max + std::log(sum);
 }
 
 // gradient = (e * scale - q * g) * d over the chunk [begin, end), d softcap's derivative.
@@ -153,7 +178,7 @@ TORCHEXT_INLINE void extras_row(const ExtrasArgs<scalar_t>& args, int64_t p,
     saved_sum = row.sum;
   }
   const acc_t log_sum = std::log(row.sum);
-  const acc_t lse = std::isinf(row.max) ? row.max : row.max + log_sum;
+  const acc_t lse = lse_of(row.max, row.sum);
   if (!targets.backward) {
     acc_t loss = target_weight * (log_sum - (target_z - row.max));
     if (!indexed) loss = 0;

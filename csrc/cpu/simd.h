@@ -319,10 +319,13 @@ TORCHEXT_INLINE Vector<double, kLanes> exp_nonpositive(Vector<double, kLanes> x)
   return x < -708.39641853226408 ? Double{} : p * scale;
 }
 
-// tanh(x), odd and never beyond 1. Below 0.625 a polynomial (least maximal error relative to tanh,
-// below 5e-9 and 4e-19), above (1 - e) / (1 + e) with e = exp(-2 |x|).
+// tanh(x) where |x| < kSmallTanh: a polynomial, of the least maximal error relative to tanh (below
+// 5e-9, and 4e-19 in double).
+template <typename T>
+inline constexpr T kSmallTanh = T(0.625);
+
 template <int kLanes, typename T>
-TORCHEXT_INLINE Vector<T, kLanes> tanh(Vector<T, kLanes> x) {
+TORCHEXT_INLINE Vector<T, kLanes> tanh_small(Vector<T, kLanes> x) {
   constexpr T kFloat[] = {-5.7049777498e-3f, 2.0639077823e-2f, -5.3739711703e-2f, 1.3331442149e-1f,
                           -3.3333281940e-1f};
   constexpr T kDouble[] = {
@@ -332,15 +335,21 @@ TORCHEXT_INLINE Vector<T, kLanes> tanh(Vector<T, kLanes> x) {
       -5.39682539660572692e-2, 1.33333333333297388e-1,  -3.33333333333333128e-1};
   constexpr bool kIsFloat = std::is_same_v<T, float>;
   constexpr int kTerms = kIsFloat ? std::size(kFloat) : std::size(kDouble);
+  const Vector<T, kLanes> square = x * x;
+  Vector<T, kLanes> p = {};
+  for (int i = 0; i < kTerms; ++i) p = p * square + (kIsFloat ? kFloat[i] : kDouble[i]);
+  return x + x * square * p;
+}
+
+// tanh(x), odd, never beyond 1, within 1.6 ulp: of large x (1 - e) / (1 + e), e = exp(-2 |x|).
+template <int kLanes, typename T>
+TORCHEXT_INLINE Vector<T, kLanes> tanh(Vector<T, kLanes> x) {
   using Value = Vector<T, kLanes>;
   const Value size = x < T{0} ? -x : x;
-  const Value square = x * x;
-  Value p = {};
-  for (int i = 0; i < kTerms; ++i) p = p * square + (kIsFloat ? kFloat[i] : kDouble[i]);
-  const Value small = x + x * square * p;
   const Value e = exp_nonpositive<kLanes>(size * T{-2});
   const Value large = (T{1} - e) / (T{1} + e);
-  return size < T{0.625} ? small : (x < T{0} ? -large : large);
+  const Value small = tanh_small<kLanes, T>(x);
+  return size < kSmallTanh<T> ? small : (x < T{0} ? -large : large);
 }
 
 template <typename T>

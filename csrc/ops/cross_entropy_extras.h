@@ -19,15 +19,11 @@ inline ScalarType wide(ScalarType dtype) {
 struct ExtrasRows {
   const Tensor& input;
   const Tensor& target;
-  const std::optional<Tensor>& weight;
+  const std::optional<Tensor>& weight;  // of input's dtype, or that of the sums
   int64_t ignore_index;
   double label_smoothing, z_loss, softcap, logit_scale;
-  const std::optional<Tensor>& grad_loss;
-  const std::optional<Tensor>& grad_lse;
-  const std::optional<Tensor>& gradient;
-  const std::optional<Tensor>& loss;
   const Tensor& stats;
-  const std::optional<Tensor>& argmax;
+  std::optional<Tensor> grad_loss, grad_lse, gradient, loss, argmax;
 };
 
 inline void check_extras_rows(const ExtrasRows& call) {
@@ -56,14 +52,17 @@ inline void check_extras_rows(const ExtrasRows& call) {
   }
   TORCHEXT_CHECK(!(call.label_smoothing > 1.0), op, "label_smoothing of at most 1, but got ",
                  call.label_smoothing);
-  if (call.weight) check(*call.weight, "weight", sums, {classes});
+  if (call.weight) {
+    const bool narrow = call.weight->scalar_type() == input.scalar_type();
+    check(*call.weight, "weight", narrow ? input.scalar_type() : sums, {classes});
+  }
   if (call.grad_loss) check(*call.grad_loss, "grad_loss", sums, {rows});
   if (call.grad_lse) check(*call.grad_lse, "grad_lse", sums, {rows});
   check(call.stats, "stats", sums, {2, rows});
   TORCHEXT_CHECK(rows <= 1 || call.stats.stride(1) == 1, op, "stats with contiguous rows");
   if (call.loss) check(*call.loss, "loss", sums, {rows});
   if (call.argmax) check(*call.argmax, "argmax", ScalarType::Long, {rows});
-  for (const auto* out : {&call.loss, &call.argmax}) {
+  for (const std::optional<Tensor>* out : {&call.loss, &call.argmax}) {
     TORCHEXT_CHECK(!*out || (*out)->is_contiguous(), op, "loss and argmax to be contiguous");
   }
   if (!call.gradient) return;

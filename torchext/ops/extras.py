@@ -119,6 +119,20 @@ def cross_entropy(
         )
         if served is not None:
             return served
+    return defined(loss_of, extras, input, target, weight, ignore_index, reduction, label_smoothing)
+
+
+def defined(
+    loss_of: Loss,
+    extras: Extras,
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    ignore_index: int,
+    reduction: str,
+    label_smoothing: float,
+) -> Result:
+    """What `cross_entropy` computes, by its definition, of which second derivatives are made."""
     target = _widened(target)
     logits = input
     if extras.logit_scale != 1:

@@ -170,7 +170,7 @@ def _run(
 
         found = extras_operator.call(needed, *differentiable, target, weight, options)
     elif True in needed:
-        found = _Function.apply(*differentiable, target, weight, options)  # type: ignore[no-untyped-call]
+        found = _apply(*differentiable, target, weight, options)
     else:
         found = forward(_NOTHING, *differentiable, target, weight, options)[:3]
     return [value for value in found if value is not None]
@@ -208,6 +208,8 @@ def forward(
     """Returns loss, lse, argmax, stats, what backward divides by, and the gradients at once."""
     extras, reduction = options.extras, options.reduction
     source = source_of(input, linear_weight, linear_bias, options)
+    if linear_weight is None and source.kernel:
+        return _forward_of_logits(at_once[0], input, target, weight, options)
     targets = Targets(target, weight, source, wide(input.dtype), options)
     source.want(at_once)
     mass = targets.mass() if reduction == "mean" else input.new_ones((), dtype=torch.float64)
@@ -222,6 +224,28 @@ def forward(
     loss = losses if reduction == "none" else losses.sum(dtype=torch.float64) / mass
     lse = log_sum(stats) if extras.return_lse else None
     return loss.to(options.dtype), lse, argmax, stats, mass, source.gradients()
+
+
+def _forward_of_logits(
+    save_gradient: bool, input: Tensor, target: Tensor, weight: Tensor | None, options: Options
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor, Tensor, Grads]:
+    """What `forward` does, in one call of the kernel."""
+    extras = options.extras
+    arguments = (
+        input, target, weight, REDUCTIONS.index(options.reduction), options.ignore_index,
+        options.label_smoothing, extras.z_loss, extras.softcap or 0.0, extras.logit_scale,
+        extras.ignored_mean == "zero", extras.return_lse, extras.return_argmax, save_gradient,
+    )  # fmt: skip
+    found = torch.ops.torchext.cross_entropy_extras_forward(*arguments)
+    loss, lse, argmax, stats, mass, gradient = found
+    return (
+        loss.to(options.dtype),
+        lse if extras.return_lse else None,
+        argmax if extras.return_argmax else None,
+        stats,
+        mass,
+        (gradient if save_gradient else None, None, None),
+    )
 
 
 def again(
@@ -317,13 +341,16 @@ class _Function(torch.autograd.Function):
         return (*found, None, None, None)
 
 
+_apply: Callable[..., Any] = _autograd.fast_apply(_Function)
+
+
 def defined(
     logits: Tensor, target: Tensor, weight: Tensor | None, options: Options
 ) -> tuple[Tensor, ...]:
     """Returns loss and lse by torch's ops on the whole logits, summed in float32 or wider."""
     sums = wide(logits.dtype)
     extras = options.extras._replace(return_lse=True, return_argmax=False)
-    loss, lse = with_extras.cross_entropy(
+    loss, lse = with_extras.defined(
         reference.cross_entropy,
         extras,
         logits.to(sums),

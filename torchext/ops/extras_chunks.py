@@ -76,7 +76,7 @@ class Targets:
                 self._mass = torch.ops.torchext.cross_entropy_mass(
                     target, self.weight, self.classes, options.ignore_index
                 )
-            except RuntimeError:
+            except IndexError:  # which names another op
                 self._check(target.long(), target.long() != options.ignore_index)
                 raise
         elif self.indices:

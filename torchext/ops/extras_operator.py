@@ -16,7 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torchext.ops import extras_autograd
+from torchext import _native
+from torchext.ops import extras_autograd, extras_fake
 from torchext.ops.cross_entropy_fake import REDUCTIONS
 from torchext.ops.extras import Extras
 from torchext.ops.extras_autograd import Grads
@@ -279,5 +280,9 @@ for _schema, _kernel, _fake in (
 torch.library.register_autograd(
     f"torchext::{_NAME}", _differentiated, setup_context=_setup_context, lib=_library
 )
+if not _native.cpu_missing:
+    torch.library.register_fake("torchext::cross_entropy_extras_forward", extras_fake.forward)
+    torch.library.register_fake("torchext::cross_entropy_extras_rows", extras_fake.rows)
+    torch.library.register_fake("torchext::cross_entropy_mass", extras_fake.mass)
 _forward_op = torch.ops.torchext.cross_entropy_extras.default
 _backward_op = torch.ops.torchext.cross_entropy_extras_backward.default
