@@ -22,6 +22,8 @@ _VARIANTS: tuple[tuple[tuple[str, Any], ...], ...] = (
     (("probabilities", True),),
     (("label_smoothing", 0.1),),
     (("reduction", "none"),),
+    (("softcap", 30.0),),
+    (("z_loss", 1e-4),),
 )
 _INPLACE_ELEMENTS = 1 << 20  # from here on the in-place gradient is worth having
 _INPLACE = "torchext in place"
@@ -36,7 +38,7 @@ class CrossEntropy(Op):
 
     @property
     def reference(self) -> Callable[..., Tensor]:
-        return reference.cross_entropy
+        return _definition
 
     def presets(self, full: bool, device: str) -> list[Case]:
         if device != "cpu":
@@ -53,8 +55,8 @@ class CrossEntropy(Op):
         cases += [Case(self.name, _BASE, options=options) for options in _VARIANTS]
         cases.append(Case(self.name, _BASE, direction="fwd"))
         if full:
-            cases += [replace(case, direction="fwd") for case in cases[3:10]]
-            cases += [replace(case, direction="bwd") for case in cases[2:10]]
+            cases += [replace(case, direction="fwd") for case in cases[3:12]]
+            cases += [replace(case, direction="bwd") for case in cases[2:12]]
             cases += [Case(self.name, (256, 50257)), Case(self.name, (1024, 32000))]
             cases += [Case(self.name, _BASE, dtype) for dtype in ("float64", "float16")]
         return cases
@@ -106,7 +108,7 @@ class CrossEntropy(Op):
         return [
             peers.liger_cross_entropy(),
             peers.quack_cross_entropy(),
-            peers.jax(_jax_cross_entropy, options=("label_smoothing", "reduction")),
+            peers.jax(_jax_cross_entropy, options=("label_smoothing", "reduction", "softcap")),
             replace(inplace, missing=self._no_inplace),
         ]
 
@@ -119,10 +121,31 @@ class CrossEntropy(Op):
         return "measured for large calls only" if small else ""
 
 
+def _definition(
+    input: Tensor,
+    target: Tensor,
+    softcap: float | None = None,
+    z_loss: float = 0.0,
+    **options: Any,
+) -> Tensor:
+    """As a model has it that caps its logits, or adds the square of the lse, by torch's ops."""
+    if softcap is not None:
+        input = softcap * torch.tanh(input / softcap)
+    loss = reference.cross_entropy(input, target, **options)
+    return loss + z_loss * input.logsumexp(1).square().mean() if z_loss else loss
+
+
 def _jax_cross_entropy(
-    jax: Any, input: Any, target: Any, label_smoothing: float = 0.0, reduction: str = "mean"
+    jax: Any,
+    input: Any,
+    target: Any,
+    label_smoothing: float = 0.0,
+    reduction: str = "mean",
+    softcap: float | None = None,
 ) -> Any:
     jnp = jax.numpy
+    if softcap is not None:
+        input = softcap * jnp.tanh(input / softcap)
     log_p = jax.nn.log_softmax(input, axis=1)
     picked = jnp.take_along_axis(log_p, jnp.expand_dims(target, 1), axis=1).squeeze(1)
     loss = -(1 - label_smoothing) * picked - label_smoothing * log_p.mean(axis=1)

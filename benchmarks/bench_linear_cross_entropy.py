@@ -40,6 +40,7 @@ class LinearCrossEntropy(Op):
             cases.append(Case(self.name, _BASE, "bfloat16"))
             cases.append(Case(self.name, _MIDDLE, options=(("reduction", "none"),)))
             cases.append(Case(self.name, _MIDDLE, options=(("label_smoothing", 0.1),)))
+            cases.append(Case(self.name, _BASE, options=(("softcap", 30.0),)))
         return cases
 
     def memory_presets(self, full: bool, device: str) -> list[Case]:
@@ -110,8 +111,16 @@ class LinearCrossEntropy(Op):
         ]
 
 
-def _reference(input: Tensor, linear_weight: Tensor, target: Tensor, **options: Any) -> Tensor:
+def _reference(
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    softcap: float | None = None,
+    **options: Any,
+) -> Tensor:
     logits = torch.nn.functional.linear(input, linear_weight)
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
     return reference.cross_entropy(logits, target, **options)
 
 

@@ -106,8 +106,9 @@ def cross_entropy(
         - output: a scalar, or the shape of class indices if reduction is ``"none"``
 
     Returns:
-        The loss, of input's dtype; with return_lse or return_argmax a tuple of it and those. All
-        extras but inplace_backward are torch's ops around the kernel: see `torchext.ops.extras`.
+        The loss, of input's dtype; with return_lse or return_argmax a tuple of it and those. The
+        extras (without `inplace_backward`) have a kernel on the CPU for rows of at least 16
+        contiguous classes, and are else torch's ops around it: see `torchext.ops.extras`.
 
     Raises:
         IndexError: where a class index is neither in [0, C) nor `ignore_index`.

@@ -82,7 +82,7 @@ def linear_cross_entropy(
             probabilities.
         label_smoothing: how much of each target is spread over all classes, in [0, 1].
         z_loss: this and the following as in `torchext.cross_entropy`; see `extras_chunks`.
-        softcap: likewise, with a second buffer.
+        softcap: likewise; on a GPU with a second buffer.
         logit_scale: likewise.
         return_lse: likewise.
         return_argmax: likewise.
