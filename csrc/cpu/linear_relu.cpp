@@ -83,6 +83,31 @@ struct MaskArgs {
   int64_t columns;
 };
 
+// Rows of less than a vector, as the one row that they are in memory.
+template <class Isa, typename scalar_t>
+TORCHEXT_INLINE void mask_narrow(const MaskArgs<scalar_t>& args, int64_t begin, int64_t end,
+                                 acc_type<scalar_t>* partial) {
+  constexpr int kLanes = kLanesOf<Isa, scalar_t>;
+  using Acc = Vector<acc_type<scalar_t>, kLanes>;
+  const int64_t columns = args.columns, last = end * columns;
+  int64_t i = begin * columns;
+  for (; i + kLanes <= last; i += kLanes) {
+    const Acc y = simd::load<kLanes>(args.output + i);
+    simd::store<kLanes>(args.grad_linear + i,
+                        y <= 0 ? Acc{} : simd::load<kLanes>(args.grad_output + i));
+  }
+  if (const int64_t rest = last - i; rest > 0) {
+    const Acc y = simd::load_tail<kLanes>(args.output + i, rest, 0);
+    const Acc grad = y <= 0 ? Acc{} : simd::load_tail<kLanes>(args.grad_output + i, rest, 0);
+    simd::store_tail<kLanes>(args.grad_linear + i, grad, rest);
+  }
+  if (!partial) return;
+  for (int64_t row = begin; row < end; ++row) {
+    const scalar_t* grad = args.grad_linear + row * columns;
+    for (int64_t j = 0; j < columns; ++j) partial[j] += static_cast<acc_type<scalar_t>>(grad[j]);
+  }
+}
+
 // One pass over blocks [begin, end) of kRowsPerBlock rows.
 template <class Isa, typename scalar_t>
 TORCHEXT_INLINE void mask_blocks(const MaskArgs<scalar_t>& args, int64_t begin, int64_t end) {
@@ -93,6 +118,10 @@ TORCHEXT_INLINE void mask_blocks(const MaskArgs<scalar_t>& args, int64_t begin, 
   for (int64_t block = begin; block < end; ++block) {
     acc_t* partial = args.partial ? args.partial + block * columns : nullptr;
     const int64_t row_end = std::min(args.rows, (block + 1) * kRowsPerBlock);
+    if (columns < kLanes) {
+      mask_narrow<Isa>(args, block * kRowsPerBlock, row_end, partial);
+      continue;
+    }
     for (int64_t row = block * kRowsPerBlock; row < row_end; ++row) {
       const scalar_t* grad_output = args.grad_output + row * columns;
       const scalar_t* output = args.output + row * columns;
