@@ -15,7 +15,7 @@ from torch._dynamo.backends.common import aot_autograd
 
 import torchext
 from torchext import _backend
-from torchext.ops import extras_autograd
+from torchext.ops import extras_logits
 
 # Of the norm, beyond what the definition in torch's ops errs: a rounding of the result.
 FLOOR = {torch.float64: 1e-14, torch.float32: 1e-6, torch.bfloat16: 2**-8, torch.float16: 2**-10}
@@ -36,14 +36,14 @@ OPERATOR = torch.ops.torchext.cross_entropy_extras.default
 @pytest.fixture
 def kernel_alone(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Refuses the definition to calls that are not of the eager backend."""
-    attempt = extras_autograd.attempt_logits
+    attempt = extras_logits.attempt
 
     def insist(*args: Any) -> Any:
         found = attempt(*args)
         assert _backend._active == "eager" or found is not None, "no kernel served the call"
         return found
 
-    monkeypatch.setattr(extras_autograd, "attempt_logits", insist)
+    monkeypatch.setattr(extras_logits, "attempt", insist)
     yield
 
 
@@ -182,6 +182,51 @@ def test_argmax_is_the_first(kernel_alone: None) -> None:
         logits, torch.zeros(50).long(), return_argmax=True, softcap=9.0
     )
     assert torch.equal(argmax, logits.argmax(1))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("extras", EXTRAS, ids=str)
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_in_place(
+    kernel_alone: None, dtype: torch.dtype, extras: dict[str, Any], reduction: str
+) -> None:
+    """The same, in the logits' memory; nothing happens where the logits are needed again."""
+    upstream = torch.randn(12 if reduction == "none" else (), dtype=dtype)
+    for kind in ("indices", "probabilities"):
+        leaf = torch.randn(12, 70).to(dtype).requires_grad_()
+        logits, target = leaf + 0, torch.randint(70, (12,))
+        target[3] = -100
+        if kind == "probabilities":
+            target = torch.randn(12, 70).softmax(1).to(dtype)
+        before = logits.detach().clone()
+        options = {**extras, "reduction": reduction, "label_smoothing": 0.1}
+        found = as_tuple(torchext.cross_entropy(logits, target, inplace_backward=True, **options))
+        plain = as_tuple(torchext.cross_entropy(leaf, target, **options))
+        for actual, expected in zip(found, plain, strict=True):
+            torch.testing.assert_close(actual, expected)
+        overwritten = reduction != "none" and not extras.get("return_lse")
+        assert torch.equal(logits.detach(), before) is not overwritten
+        (grad,) = torch.autograd.grad(found[0], logits, upstream)
+        assert (grad.data_ptr() == logits.data_ptr()) is overwritten
+        (expected,) = torch.autograd.grad(plain[0], leaf, upstream)
+        torch.testing.assert_close(grad, expected)
+
+
+def test_in_place_is_known_to_autograd(kernel_alone: None) -> None:
+    leaf, target = torch.randn(6, 40, requires_grad=True), torch.randint(40, (6,))
+    kept = leaf.sin()
+    squares = kept.square()  # saves kept for its own backward
+    loss = torchext.cross_entropy(kept, target, softcap=3.0, inplace_backward=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        (loss + squares.sum()).backward()
+    with torch.no_grad():
+        before = leaf.clone()
+        torchext.cross_entropy(leaf, target, softcap=3.0, inplace_backward=True)
+    assert torch.equal(leaf, before)
+    logits = leaf + 0
+    with pytest.raises(IndexError):
+        torchext.cross_entropy(logits, target + 40, softcap=3.0, inplace_backward=True)
+    assert torch.equal(logits, leaf)
 
 
 def test_derivatives_and_backward_again(kernel_alone: None) -> None:

@@ -93,7 +93,8 @@ def cross_entropy(
             and most of the time of a large loss. The logits hold the gradient from the forward call
             on, and autograd knows: whatever saved them for its own backward raises the usual error
             about an in-place change. Has an effect where a gradient of a mean or sum is wanted of
-            contiguous logits in float32, float64 or bfloat16. No second derivatives.
+            contiguous logits in float32, float64 or bfloat16; with extras, where they have a
+            kernel, and without return_lse. No second derivatives.
         return_lse: returns lse, too, differentiable, in float32 or wider.
         return_argmax: returns the class of the largest logit too.
         ignored_mean: what a mean over no target gives: ``"nan"``, as in torch, or ``"zero"``.
@@ -141,11 +142,11 @@ def cross_entropy(
         or return_lse or return_argmax or ignored_mean != "nan"
     ):  # fmt: skip
         extras = Extras(z_loss, softcap, logit_scale, return_lse, return_argmax, ignored_mean)
-        inplace = inplace_backward and not extras.need_logits  # others read the logits, too
-        arguments = (input, target, weight, ignore_index, reduction, label_smoothing)
+        inplace = inplace_backward and not extras.need_logits  # torch's ops read the logits, too
         return with_extras.cross_entropy(
-            partial(_attempt, inplace_backward=inplace), extras, *arguments
-        )
+            partial(_attempt, inplace_backward=inplace), extras, input, target, weight,
+            ignore_index, reduction, label_smoothing, _overwriting if inplace_backward else None,
+        )  # fmt: skip
     try:
         # Each look costs 50 ns, which small calls feel: no functions of ours here.
         if (
@@ -243,6 +244,11 @@ def _plain(input: Tensor, target: Tensor, weight: Tensor | None) -> bool:
     if weight is not None and (type(weight) not in _PLAIN or not weight.is_cpu or weight.is_neg()):
         return False
     return not target.is_neg() and _served(input, target, weight)
+
+
+def _overwriting(run: Callable[..., Tensor], *arguments: Any) -> Tensor | None:
+    """The loss with extras that `run` computes, the gradient in the logits' place, if it may be."""
+    return _inplace(run, *arguments) if _apart(*arguments[:2]) else None
 
 
 def _apart(input: Tensor, target: Tensor) -> bool:

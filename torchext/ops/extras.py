@@ -94,6 +94,7 @@ def cross_entropy(
     ignore_index: int,
     reduction: str,
     label_smoothing: float,
+    overwriting: Callable[..., Tensor | None] | None = None,
 ) -> Result:
     """Computes a loss with extras.
 
@@ -106,16 +107,17 @@ def cross_entropy(
         ignore_index: of the loss.
         reduction: of the loss.
         label_smoothing: of the loss.
+        overwriting: see `extras_logits.attempt`; torch's ops leave the logits alone.
 
     Returns:
         The loss, or a tuple of it, the lse and the argmax, as far as they are asked for.
     """
     _check("cross_entropy", extras, reduction, ignore_index, input=input, target=target)
     if extras.need_logits:
-        from torchext.ops import extras_autograd  # made of what is here
+        from torchext.ops import extras_logits  # made of what is here
 
-        served = extras_autograd.attempt_logits(
-            input, target, weight, extras, reduction, ignore_index, label_smoothing
+        served = extras_logits.attempt(
+            input, target, weight, extras, reduction, ignore_index, label_smoothing, overwriting
         )
         if served is not None:
             return served

@@ -22,7 +22,7 @@ from torchext.ops import extras as with_extras
 from torchext.ops.cross_entropy_fake import REDUCTIONS
 from torchext.ops.extras import Extras, Result
 from torchext.ops.extras_chunks import Options, Targets, log_sum, step
-from torchext.ops.extras_source import Linear, Logits, Source, has_kernel
+from torchext.ops.extras_source import Linear, Logits, Source
 from torchext.ops.linear_cross_entropy_call import cast_by_autocast, go_together
 from torchext.ops.linear_cross_entropy_fake import wide
 
@@ -71,7 +71,7 @@ def attempt(
         return None
     if not all(isinstance(tensor, Tensor) for tensor in tensors[:3]):
         return None
-    if not _plain(*tensors, ordinary=ordinary):
+    if not plain(*tensors, ordinary=ordinary):
         return None
     narrow = _backend.autocast_dtype(input)
     if narrow is not None:
@@ -96,63 +96,24 @@ def attempt(
     elif input.dim() != 2:
         input, target = input.reshape(-1, input.shape[-1]), target.reshape(-1)
     options = Options(extras, reduction, ignored, smoothing, dtype if ordinary else sums)
-    loss, *others = _run(ordinary, input, linear_weight, linear_bias, target, weight, options)
+    loss, *others = run(ordinary, input, linear_weight, linear_bias, target, weight, options)
     loss = loss.to(dtype).reshape(shape) if reduction == "none" else loss.to(dtype)
     others = [value.reshape(shape) for value in others]
     return (loss, *others) if others else loss
 
 
-def attempt_logits(
-    input: Tensor,
-    target: Tensor,
-    weight: Tensor | None,
-    extras: Extras,
-    reduction: str,
-    ignore_index: int,
-    label_smoothing: float,
-) -> Result | None:
-    """Computes a loss of given logits by the CPU's kernel; None where it does not serve the call.
+def at_once(input: Tensor, options: Options) -> bool:
+    """Whether an eager call makes the gradients in forward.
 
-    Args:
-        input: the logits (N, C).
-        target: class indices (N) or probabilities (N, C).
-        weight: (C).
-        extras: what is asked for.
-        reduction: of the loss.
-        ignore_index: of the loss.
-        label_smoothing: of the loss.
-
-    Raises:
-        IndexError: where a class index is neither in [0, C) nor `ignore_index`.
+    See linear_cross_entropy: float16 would underflow, bfloat16 may have to be made again.
     """
-    ordinary = _backend.ordinary(any_backend=True, autocast=True)
-    if (
-        input.dim() != 2
-        or any(isinstance(extra, Tensor) for extra in extras)
-        or not _plain(input, target, weight, ordinary=ordinary)
-        or not has_kernel(input, input.shape[1:])
-    ):
-        return None
-    if _backend.autocast_dtype(input) is not None:
-        input, target = (_backend.cast(t, torch.float32) for t in (input, target))
-        weight = None if weight is None else _backend.cast(weight, torch.float32)
-    if not (
-        len(input) > 0
-        and input.stride(1) == 1
-        and go_together(input, None, target, None, weight, input.dtype)
-        and (ignore_index < 0 or not target.is_floating_point())
-        and not label_smoothing > 1
-    ):
-        return None
-    smoothing = label_smoothing if label_smoothing > 0 else 0.0
-    dtype = input.dtype if ordinary else wide(input.dtype)
-    options = Options(extras, reduction, ignore_index, smoothing, dtype)
-    loss, *others = _run(ordinary, input, None, None, target, weight, options)
-    loss = loss.to(input.dtype)
-    return (loss, *others) if others else loss
+    dtype = input.dtype
+    return options.at_once and (
+        dtype is not torch.float16 and (dtype is not torch.bfloat16 or input.is_cpu)
+    )
 
 
-def _run(
+def run(
     ordinary: bool,
     input: Tensor,
     linear_weight: Tensor | None,
@@ -176,7 +137,7 @@ def _run(
     return [value for value in found if value is not None]
 
 
-def _plain(*tensors: Tensor | None, ordinary: bool) -> bool:
+def plain(*tensors: Tensor | None, ordinary: bool) -> bool:
     """Whether the tensors are plain memory of a device that has kernels of cross_entropy."""
     if _backend.route(*tensors, op="cross_entropy", fake=not ordinary) == _backend.EAGER:
         return False
@@ -197,27 +158,34 @@ def source_of(
 
 
 def forward(
-    at_once: _Needed,
+    wanted: _Needed,
     input: Tensor,
     linear_weight: Tensor | None,
     linear_bias: Tensor | None,
     target: Tensor,
     weight: Tensor | None,
     options: Options,
+    overwrite: bool = False,
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor, Tensor, Grads]:
-    """Returns loss, lse, argmax, stats, what backward divides by, and the gradients at once."""
+    """Returns loss, lse, argmax, stats, what backward divides by, and the gradients at once.
+
+    Where `overwrite`, that of the logits takes their place.
+    """
     extras, reduction = options.extras, options.reduction
     source = source_of(input, linear_weight, linear_bias, options)
-    if linear_weight is None and source.kernel:
-        return _forward_of_logits(at_once[0], input, target, weight, options)
+    if overwrite:
+        assert isinstance(source, Logits)
+        source.overwrite()
+    elif linear_weight is None and source.kernel:
+        return _forward_of_logits(wanted[0], input, target, weight, options)
     targets = Targets(target, weight, source, wide(input.dtype), options)
-    source.want(at_once)
+    source.want(wanted)
     mass = targets.mass() if reduction == "mean" else input.new_ones((), dtype=torch.float64)
     stats = input.new_empty((2, *targets.positions), dtype=targets.dtype)
     losses = torch.empty_like(stats[0])
     argmax = torch.empty_like(stats[0], dtype=torch.int64) if extras.return_argmax else None
     of_loss = None
-    if True in at_once:
+    if True in wanted:
         of_loss = (1 / mass).to(targets.dtype).expand(targets.positions)
     for first, last in source.chunks():
         step(source, targets, stats, losses, argmax, of_loss, None, first, last)
@@ -321,12 +289,7 @@ class _Function(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, Tensor | None, Tensor | None]:
         *tensors, ctx.options = arguments
-        dtype, on_cpu = tensors[0].dtype, tensors[0].is_cpu
-        # See linear_cross_entropy: float16 would underflow, bfloat16 may have to be made again.
-        at_once = ctx.options.at_once and (
-            dtype is not torch.float16 and (dtype is not torch.bfloat16 or on_cpu)
-        )
-        needed = ctx.needs_input_grad[:3] if at_once else _NOTHING
+        needed = ctx.needs_input_grad[:3] if at_once(tensors[0], ctx.options) else _NOTHING
         loss, lse, argmax, stats, mass, grads = forward(needed, *arguments)
         ctx.owned = not _autograd.kept_by_hooks()
         ctx.set_materialize_grads(False)

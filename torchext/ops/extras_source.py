@@ -100,9 +100,15 @@ class Logits(Source):
         if not self.kernel:
             self.chunk = rows_per_chunk(self.rows, math.prod(self.shape), input)
         self._gradient: Tensor | None = None
+        self._overwrite = False
+
+    def overwrite(self) -> None:
+        """Lets the gradient take the place of the logits."""
+        self._overwrite = True
 
     def want(self, needed: tuple[bool, bool, bool]) -> None:  # noqa: D102
-        self._gradient = torch.empty_like(self.input) if needed[0] else None
+        if needed[0]:
+            self._gradient = self.input if self._overwrite else torch.empty_like(self.input)
 
     def logits(self, first: int, last: int) -> Tensor:  # noqa: D102
         rows = self.input[first:last]
