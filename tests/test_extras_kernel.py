@@ -30,6 +30,7 @@ EXTRAS: list[dict[str, Any]] = [
 FORWARD = torch.ops.torchext.cross_entropy_extras_forward.default
 ROWS = torch.ops.torchext.cross_entropy_extras_rows.default
 MASS = torch.ops.torchext.cross_entropy_mass.default
+PRODUCT = torch.ops.torchext.product_out.default
 OPERATOR = torch.ops.torchext.cross_entropy_extras.default
 
 
@@ -395,6 +396,30 @@ def test_opcheck() -> None:
             came = (reduction == 1, False, False)
             end = (reduction, False, False, False, *came)
             torch.library.opcheck(OPERATOR, (logits, None, *plain, *options[:5], *end))
+
+
+@pytest.mark.parametrize("dtype", FLOOR, ids=str)
+def test_product_out(dtype: torch.dtype) -> None:
+    for rows, inner, columns in ((1, 5, 3), (40, 70, 33), (300, 200, 500)):
+        left, right = torch.randn(rows, inner).to(dtype), torch.randn(columns, inner).to(dtype).t()
+        bias, before = torch.randn(columns).to(dtype), torch.randn(rows, columns).to(dtype)
+        for given, accumulate in ((None, False), (bias, False), (None, True)):
+            out = before.clone()
+            PRODUCT(left, right, given, accumulate, out)
+            expected = left.double() @ right.double()
+            expected += before.double() if accumulate else 0 if given is None else bias.double()
+            error = (out.double() - expected).norm()
+            assert error <= 2 * FLOOR[dtype] * expected.norm()
+            call = (left, right, given, accumulate, out)
+            torch.library.opcheck(PRODUCT, call, test_utils=("test_schema", "test_faketensor"))
+    for wrong in (
+        (left, right.t(), None, False, out),
+        (left, right.double().half(), None, False, out.double()),
+        (left, right, bias[1:], False, out),
+        (left, right, bias, True, out),
+    ):
+        with pytest.raises(RuntimeError, match="^product_out: expected"):
+            PRODUCT(*wrong)
 
 
 def test_the_operator_has_every_shape_of_logits() -> None:

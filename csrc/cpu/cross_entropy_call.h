@@ -119,6 +119,40 @@ void run_blocks(const CrossEntropyArgs<scalar_t>& args, Walk walk) {
   });
 }
 
+// The class weights in the dtype of the sums, copied into `copies`; null without any.
+template <typename scalar_t>
+const acc_type<scalar_t>* copied_weight(const std::optional<Tensor>& weight,
+                                        std::vector<acc_type<scalar_t>>& copies) {
+  using acc_t = acc_type<scalar_t>;
+  if (!weight) return nullptr;
+  const Tensor dense = as_contiguous(*weight);
+  const auto take = [&](const auto* values) { copies.assign(values, values + dense.numel()); };
+  if (dense.element_size() == sizeof(acc_t)) {
+    take(static_cast<const acc_t*>(dense.const_data_ptr()));
+  } else {
+    take(static_cast<const scalar_t*>(dense.const_data_ptr()));
+  }
+  return copies.data();
+}
+
+// The class weights (or null) and the smoothing, and what comes of them; args.shape is set.
+template <typename scalar_t>
+void set_weight(CrossEntropyArgs<scalar_t>& args, const acc_type<scalar_t>* weight,
+                double label_smoothing) {
+  using acc_t = acc_type<scalar_t>;
+  const int64_t classes = args.shape.classes;
+  args.label_smoothing = label_smoothing > 0 ? label_smoothing : 0.0;
+  args.kept = static_cast<acc_t>(1.0 - args.label_smoothing);
+  args.uniform = static_cast<acc_t>(args.label_smoothing / static_cast<double>(classes));
+  args.weight = weight;
+  double weights = static_cast<double>(classes);
+  if (weight) {
+    weights = 0;
+    for (int64_t c = 0; c < classes; ++c) weights += weight[c];
+  }
+  args.uniform_mass = weights * args.label_smoothing / static_cast<double>(classes);
+}
+
 // What forward and backward share: layouts, weights, targets. Keeps what the pointers point to.
 template <typename scalar_t>
 struct Prepared {
@@ -152,23 +186,7 @@ struct Prepared {
       args.index_bytes = static_cast<int>(target.element_size());
     }
     args.ignore_index = call.ignore_index;
-    args.label_smoothing = call.label_smoothing > 0 ? call.label_smoothing : 0.0;
-    args.kept = static_cast<acc_t>(1.0 - args.label_smoothing);
-    args.uniform = static_cast<acc_t>(args.label_smoothing / static_cast<double>(shape.classes));
-    double weights = static_cast<double>(shape.classes);
-    if (call.weight) {
-      const Tensor dense = as_contiguous(*call.weight);
-      const auto take = [&](const auto* values) { weight.assign(values, values + shape.classes); };
-      if (dense.scalar_type() == input.scalar_type()) {
-        take(static_cast<const scalar_t*>(dense.const_data_ptr()));
-      } else {
-        take(static_cast<const acc_t*>(dense.const_data_ptr()));
-      }
-      args.weight = weight.data();
-      weights = 0;
-      for (const acc_t value : weight) weights += value;
-    }
-    args.uniform_mass = weights * args.label_smoothing / static_cast<double>(shape.classes);
+    set_weight(args, copied_weight<scalar_t>(call.weight, weight), call.label_smoothing);
     mass = target_mass(call.op, args);
     args.gradient_scale = call.reduction == Reduction::kMean ? mean(1.0) : 1.0;
     if (transposed()) std::swap(args.shape.outer, args.shape.inner);

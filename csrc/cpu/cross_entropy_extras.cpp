@@ -28,38 +28,12 @@ void set_targets(CrossEntropyArgs<acc_t>& args, const Tensor& target, const acc_
     args.index_bytes = static_cast<int>(target.element_size());
   }
   args.ignore_index = ignore_index;
-  args.weight = weight;
-  args.label_smoothing = label_smoothing > 0 ? label_smoothing : 0.0;
-  args.kept = static_cast<acc_t>(1.0 - args.label_smoothing);
-  args.uniform = static_cast<acc_t>(args.label_smoothing / static_cast<double>(classes));
-  double weights = static_cast<double>(classes);
-  if (weight) {
-    weights = 0;
-    for (int64_t c = 0; c < classes; ++c) weights += weight[c];
-  }
-  args.uniform_mass = weights * args.label_smoothing / static_cast<double>(classes);
+  cpu::set_weight(args, weight, label_smoothing);
 }
 
 // Memory that the kernels read row by row; the tensor itself where its rows are contiguous.
 Tensor with_rows(const Tensor& tensor) {
   return tensor.dim() < 2 || tensor.stride(1) != 1 ? as_contiguous(tensor) : tensor;
-}
-
-// The class weights as the sums' dtype; null without any.
-template <typename scalar_t>
-const acc_type<scalar_t>* weights_of(const std::optional<Tensor>& weight,
-                                     std::vector<acc_type<scalar_t>>& copies) {
-  using acc_t = acc_type<scalar_t>;
-  if (!weight) return nullptr;
-  const Tensor dense = as_contiguous(*weight);
-  const auto take = [&](const auto* values) {
-    copies.assign(values, values + weight->numel());
-    return copies.data();
-  };
-  if (dense.element_size() == sizeof(acc_t)) {
-    return take(static_cast<const acc_t*>(dense.const_data_ptr()));
-  }
-  return take(static_cast<const scalar_t*>(dense.const_data_ptr()));
 }
 
 // What the kernels need of a call, and what they must find alive.
@@ -73,8 +47,8 @@ struct PreparedExtras {
 
   explicit PreparedExtras(const ExtrasRows& call) : target(with_rows(call.target)) {
     const int64_t rows = call.input.size(0), classes = call.input.size(1);
-    set_targets<acc_t>(args.targets, target, weights_of<scalar_t>(call.weight, weight), rows,
-                       classes, call.ignore_index, call.label_smoothing);
+    set_targets<acc_t>(args.targets, target, cpu::copied_weight<scalar_t>(call.weight, weight),
+                       rows, classes, call.ignore_index, call.label_smoothing);
     mass = cpu::target_mass("cross_entropy", args.targets);  // refuses what is no class
     if (!args.targets.indices) {
       const bool narrow = target.scalar_type() != wide(call.input.scalar_type());
@@ -203,7 +177,7 @@ Tensor cross_entropy_mass_cpu(const Tensor& target, const std::optional<Tensor>&
   const auto run = [&](auto zero) {
     using acc_t = acc_type<decltype(zero)>;
     std::vector<acc_t> copies;
-    const acc_t* values = weights_of<decltype(zero)>(weight, copies);
+    const acc_t* values = cpu::copied_weight<decltype(zero)>(weight, copies);
     CrossEntropyArgs<acc_t> args{};
     set_targets<acc_t>(args, indices, values, indices.numel(), classes, ignore_index, 0.0);
     *static_cast<double*>(mass.mutable_data_ptr()) = cpu::target_mass("cross_entropy", args);

@@ -282,7 +282,8 @@ torch.library.register_autograd(
 )
 if not _native.cpu_missing:
     torch.library.register_fake("torchext::cross_entropy_extras_forward", extras_fake.forward)
-    torch.library.register_fake("torchext::cross_entropy_extras_rows", extras_fake.rows)
+    torch.library.register_fake("torchext::cross_entropy_extras_rows", extras_fake.nothing)
+    torch.library.register_fake("torchext::product_out", extras_fake.nothing)
     torch.library.register_fake("torchext::cross_entropy_mass", extras_fake.mass)
 _forward_op = torch.ops.torchext.cross_entropy_extras.default
 _backward_op = torch.ops.torchext.cross_entropy_extras_backward.default

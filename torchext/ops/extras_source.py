@@ -182,10 +182,7 @@ class Linear(Source):
     def logits(self, first: int, last: int) -> Tensor:  # noqa: D102
         input, linear_weight, linear_bias = self.tensors
         out = self._logits[: last - first]
-        if linear_bias is None:
-            torch.mm(input[first:last], linear_weight.t(), out=out)
-        else:
-            torch.addmm(linear_bias, input[first:last], linear_weight.t(), out=out)
+        self._multiply(input[first:last], linear_weight.t(), out, bias=linear_bias)
         z = self._z[: last - first]
         if z.dtype is not out.dtype:
             z.copy_(out)
@@ -208,15 +205,30 @@ class Linear(Source):
         if narrow.dtype is not gradient.dtype:
             narrow.copy_(gradient)
         if of_input is not None:
-            torch.mm(narrow, linear_weight, out=of_input[first:last])
+            self._multiply(narrow, linear_weight, of_input[first:last])
         if of_weight is None:
             return
+        accumulate = self._sums[0] is None and first > 0
+        self._multiply(narrow.t(), input[first:last], of_weight, accumulate=accumulate)
         if self._sums[0] is not None:
-            self._sums[0] += torch.mm(narrow.t(), input[first:last], out=of_weight)
-        elif first == 0:
-            torch.mm(narrow.t(), input[first:last], out=of_weight)
+            self._sums[0] += of_weight
+
+    def _multiply(
+        self,
+        left: Tensor,
+        right: Tensor,
+        out: Tensor,
+        bias: Tensor | None = None,
+        accumulate: bool = False,
+    ) -> None:
+        if self.kernel:
+            torch.ops.torchext.product_out(left, right, bias, accumulate, out)
+        elif bias is not None:
+            torch.addmm(bias, left, right, out=out)
+        elif accumulate:
+            out.addmm_(left, right)
         else:
-            of_weight.addmm_(narrow.t(), input[first:last])
+            torch.mm(left, right, out=out)
 
     def gradients(self) -> tuple[Tensor | None, ...]:  # noqa: D102
         for gradient, total in zip(self._gradients[1:], self._sums, strict=True):
