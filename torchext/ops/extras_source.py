@@ -1,8 +1,8 @@
 """The logits of a loss with extras, a chunk of rows at a time, and where their gradient goes.
 
-Workspace: 64 MiB on the CPU, 512 MiB elsewhere, or 256 rows of logits where those are more. Where
-the CPU's kernel does not serve, again as much for softcap, and half for narrow logits. Logits that
-are given need none with it.
+Workspace: on the CPU 512 rows of logits (more where they take less than 8 MiB) in at most 64 MiB,
+elsewhere 512 MiB, or 256 rows where those are more. Where the CPU's kernel does not serve, again as
+much for softcap, and half for narrow logits. Logits that are given need none with it.
 
 Siblings: torchext/ops/extras_chunks.py (the arithmetic).
 """
@@ -21,14 +21,18 @@ from torchext.ops.linear_cross_entropy_fake import wide
 _BYTES = {"cpu": 64 << 20}
 _BYTES_ELSEWHERE = 512 << 20
 _MIN_ROWS = 256
+_ENOUGH_ROWS, _ENOUGH_BYTES = 512, 8 << 20
 _FEWEST_CLASSES = 16  # of the kernel: kFewestClassesOfExtras
 
 
 def rows_per_chunk(rows: int, columns: int, like: Tensor) -> int:
-    """Returns how many rows of logits are made at once."""
-    budget = _BYTES.get(like.device.type, _BYTES_ELSEWHERE)
-    fit = budget // (columns * wide(like.dtype).itemsize)
-    return max(1, min(rows, max(_MIN_ROWS, fit // _MIN_ROWS * _MIN_ROWS)))
+    """Returns how many rows of logits are made at once; on the CPU as in csrc/cpu."""
+    size = columns * wide(like.dtype).itemsize
+    fit = _BYTES.get(like.device.type, _BYTES_ELSEWHERE) // size
+    fit = max(_MIN_ROWS, fit // _MIN_ROWS * _MIN_ROWS)
+    if like.is_cpu:
+        fit = min(fit, max(_ENOUGH_ROWS, _ENOUGH_BYTES // size))
+    return max(1, min(rows, fit))
 
 
 def has_kernel(like: Tensor, shape: Sequence[int]) -> bool:

@@ -61,8 +61,9 @@ def linear_cross_entropy(
 
     The same as ``F.cross_entropy(F.linear(input, linear_weight, linear_bias), target, ...)``, and
     as torch 2.13's ``F.linear_cross_entropy``, but for memory: beside the gradients it needs one
-    buffer of at most 32 MiB (or of 256 rows of logits, where those are more); on a GPU 128 MiB, and
-    for 16-bit dtypes float32 sums of linear_weight's gradient.
+    buffer of 512 rows of logits (more where they take less than 8 MiB), of at most 64 MiB, or of
+    256 rows where those are more; on a GPU 128 MiB, and for 16-bit dtypes float32 sums of
+    linear_weight's gradient.
 
     float32, float64, bfloat16 and float16 run on the fused kernels, on the CPU or a GPU, with
     class indices and probabilities, class weights, label smoothing and every reduction, under
