@@ -181,6 +181,19 @@ def test_modules(extras: dict[str, Any]) -> None:
             torch.testing.assert_close(value, other, rtol=1e-5, atol=1e-6)
 
 
+def test_what_is_printed() -> None:
+    """The extras in a module's repr, after what stock shows; the op's name in the graph."""
+    assert repr(torchext.nn.CrossEntropyLoss()) == "CrossEntropyLoss()"
+    module = torchext.nn.CrossEntropyLoss(softcap=3.0, return_lse=True)
+    assert repr(module) == "CrossEntropyLoss(softcap=3.0, return_lse=True)"
+    head = torchext.nn.LinearCrossEntropyLoss(8, 5, z_loss=0.1)
+    assert "label_smoothing=0.0, z_loss=0.1\n" in repr(head)
+    assert "label_smoothing=0.0\n" in repr(torchext.nn.LinearCrossEntropyLoss(8, 5))
+    logits = torch.randn(6, 20, requires_grad=True)
+    loss = torchext.cross_entropy(logits, torch.zeros(6).long(), z_loss=0.1)
+    assert "CrossEntropyExtras" in loss.grad_fn.name()
+
+
 def test_second_derivatives_and_compile() -> None:
     x = torch.randn(3, 4, dtype=torch.float64, requires_grad=True)
     target = torch.tensor([0, 2, -100])

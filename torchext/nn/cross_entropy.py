@@ -58,6 +58,10 @@ class CrossEntropyLoss(nn.CrossEntropyLoss):
         self.plain = extras == NONE
         self.extras = {} if self.plain else extras._asdict()
 
+    def extra_repr(self) -> str:
+        """Returns the extras, where there are any."""
+        return "" if self.plain else Extras(**self.extras).shown()
+
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
         """Returns the loss of logits `input` against `target`, or a tuple with what else it has."""
         if torch.jit.is_scripting():  # type: ignore[attr-defined]

@@ -147,4 +147,5 @@ class LinearCrossEntropyLoss(nn.Module):
             f"out_features={self.out_features}, bias={self.linear.bias is not None}, "
             f"reduction={self.reduction}, ignore_index={self.ignore_index}, "
             f"label_smoothing={self.label_smoothing}"
+            f"{', ' + Extras(**self.extras).shown() if self.extras else ''}"
         )

@@ -63,6 +63,11 @@ class Extras(NamedTuple):
             or self.return_argmax
         )
 
+    def shown(self) -> str:
+        """Returns those that are asked for, as a module's repr shows them."""
+        pairs = zip(self._asdict().items(), NONE, strict=True)
+        return ", ".join(f"{name}={value}" for (name, value), none in pairs if value != none)
+
 
 # What a call without extras has.
 NONE = Extras()
