@@ -1,6 +1,5 @@
 // A product of matrices as an operator.
 #include "cpu/gemm.h"
-#include "cpu/memory.h"
 
 namespace torchext {
 namespace {
@@ -20,7 +19,6 @@ void product_out_cpu(const Tensor& left, const Tensor& right, const std::optiona
   TORCHEXT_CHECK(!bias || (bias->dim() == 1 && bias->size(0) == out.size(1) && !accumulate &&
                            bias->scalar_type() == left.scalar_type()),
                  "product_out: expected bias of out's columns, and no accumulate with it");
-  cpu::advise(out);
   cpu::Also also;
   also.accumulate = accumulate;
   also.bias = bias ? &*bias : nullptr;
