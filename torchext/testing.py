@@ -112,6 +112,7 @@ def assert_close_to_truth(
     name: str = "result",
     *,
     eager_truth: Tensor | None = None,
+    floor: float = 0.0,
 ) -> None:
     """Checks that a result is no further from the truth than the stock op's, plus a floor.
 
@@ -125,6 +126,7 @@ def assert_close_to_truth(
         name: what the error calls the result.
         eager_truth: the truth of the stock op's result, where that is another: an op with a jump in
             its gradient may take another branch after another rounding.
+        floor: added to the floor: of a sum that cancels, what its terms are rounded by.
 
     Raises:
         AssertionError: where it is further, or is of another shape or dtype.
@@ -149,7 +151,7 @@ def assert_close_to_truth(
     stock_truth = exact if eager_truth is None else eager_truth[finite].double()
     eager_error = (eager[finite].double() - stock_truth).abs().max()
     rtol, atol = TOLERANCES[actual.dtype]
-    limit = eager_error + atol + rtol * exact.abs().max()
+    limit = eager_error + floor + atol + rtol * exact.abs().max()
     # Not `error > limit`: NaN is wrong too.
     if wrong := int((~(error <= limit)).sum()):
         worst = error.nan_to_num(nan=float("inf")).argmax()
@@ -167,6 +169,7 @@ def assert_drop_in(
     order: int = 1,
     grad_output: Tensor | None = None,
     truth_of: Callable[[Tensor], Function] | None = None,
+    floors: tuple[float, float] = (0.0, 0.0),
     **kwargs: Any,
 ) -> None:
     """Checks that `ours` gives what `stock` gives, with and without gradients, and changes nothing.
@@ -181,6 +184,8 @@ def assert_drop_in(
         grad_output: the gradient of the value, instead of a random one.
         truth_of: gives, for a result, the function whose derivatives in float64 are its truth.
             For ops with a jump in the gradient, where another rounding is another branch.
+        floors: of the value, and of the gradients for an upstream gradient of 1: see
+            `assert_close_to_truth`.
         **kwargs: keyword arguments of both.
     """
     tensors = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
@@ -215,7 +220,10 @@ def assert_drop_in(
     for name, result, other, truth, eager_truth in zip(
         names, actual, eager, truths, eager_truths, strict=True
     ):
-        assert_close_to_truth(result, other, truth, name, eager_truth=eager_truth)
+        floor = floors[0] if name.startswith("value") else 0.0
+        if name.startswith("gradient") and grad_output is not None:
+            floor = floors[1] * grad_output.abs().max().item()
+        assert_close_to_truth(result, other, truth, name, eager_truth=eager_truth, floor=floor)
 
 
 def _widened(leaf: Any) -> Any:
