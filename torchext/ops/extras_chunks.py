@@ -104,14 +104,13 @@ class Targets:
             # Made where it is used: a CUDA graph cannot capture a copy from the host.
             count, device = self.positions.numel(), self.target.device
             return torch.full((), count, dtype=torch.float64, device=device)
-        if self._mass is not None:
-            mass = self._mass
-        elif self.weight is None:
+        mass = self._mass
+        if mass is None:
             assert self.kept is not None
-            mass = self.kept.sum(dtype=torch.float64)
-        else:
-            chosen = self.weight[self.target]
-            mass = torch.where(self.kept, chosen, 0).sum(dtype=torch.float64)  # type: ignore[arg-type]
+            chosen = self.kept
+            if self.weight is not None:
+                chosen = torch.where(self.kept, self.weight[self.target], 0)
+            mass = chosen.sum(dtype=torch.float64)
         if self.options.extras.ignored_mean == "zero":
             mass = torch.where(mass == 0, 1.0, mass)
         return mass
