@@ -31,7 +31,7 @@ CUDA_HOME = Path("/usr/local/cuda")
 # Kernels that stream logits or activations: these may not spill (double, which sums in registers of
 # twice the size, is reported alone), and their wide forms must have 16-byte accesses.
 HOT = re.compile(
-    r"(cross_entropy_(group|block|pieces|stream|gradient|column)|relu_mask|add_product|"
+    r"(cross_entropy_(group|block|pieces|stream|gradient|column|extras)|relu_mask|add_product|"
     r"partial_column_sums)_kernel<(?!double)"
 )
 WIDE = re.compile(r"_kernel<\w+, true")

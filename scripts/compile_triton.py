@@ -35,6 +35,7 @@ import triton
 from torchext.triton_kernels import (
     common,
     cross_entropy,
+    cross_entropy_extras,
     linear_cross_entropy,
     linear_relu,
     reductions,
@@ -129,6 +130,40 @@ def cross_entropy_cases() -> Iterator[Case]:
             yield from calls(f"{name} probabilities", x, x.clone(), None, 0.1, False)
     x = empty(8192, 32768, dtype=BF16)
     yield Case("scale", lambda: reductions.scale_(x, empty(dtype=BF16)))
+
+
+def extras_cases() -> Iterator[Case]:
+    """The extras' kernel: at once, forward alone, and from statistics."""
+
+    def call(x: torch.Tensor, target: torch.Tensor, weight: Any, part: str, softcap: float) -> None:
+        rows, acc = x.shape[0], F64 if x.dtype is F64 else F32
+        of_rows = empty(rows, dtype=acc)
+        forward, gradient = part != "gradient", part != "loss"
+        cross_entropy_extras.cross_entropy_extras_rows(
+            x, target, weight, -100, 0.0 if weight is None else 0.1, 1e-4, softcap, 0.5,
+            of_rows if gradient else None, of_rows if part == "gradient" else None,
+            x if gradient else None, of_rows if forward else None, empty(2, rows, dtype=acc),
+            empty(rows) if part == "loss" else None,
+        )  # fmt: skip
+
+    for dtype in (BF16, F32, F64):  # float16 is bfloat16's code but for the conversions
+        hot = dtype is not F64
+        for rows, classes in ((16384, 1024), (8192, 128256)) if hot else ((64, 10), (64, 50257)):
+            x, weight = empty(rows, classes, dtype=dtype), empty(classes, dtype=dtype)
+            for part in ("loss and gradient", "loss", "gradient"):
+                name = f"extras {rows}x{classes} {dtype} {part}"
+                yield Case(name, partial(call, x, empty(rows), None, part, 30.0), hot)
+            yield Case(
+                f"extras {rows}x{classes} {dtype} without softcap",
+                partial(call, x, empty(rows), None, "loss and gradient", 0.0),
+                hot,
+            )
+            name = f"extras {rows}x{classes} {dtype} smoothed"
+            yield Case(
+                name, partial(call, x, empty(rows), weight, "loss and gradient", 30.0), False
+            )
+            name = f"extras {rows}x{classes} {dtype} probabilities"
+            yield Case(name, partial(call, x, x.clone(), None, "gradient", 30.0), False)
 
 
 def linear_relu_cases() -> Iterator[Case]:
@@ -256,7 +291,12 @@ def compile_cases(capability: int, only: str) -> list[str]:
 
     common.launch = compile_instead
     triton.runtime.driver.set_active(Target(capability))
-    cases = (cross_entropy_cases(), linear_relu_cases(), linear_cross_entropy_cases())
+    cases = (
+        cross_entropy_cases(),
+        extras_cases(),
+        linear_relu_cases(),
+        linear_cross_entropy_cases(),
+    )
     for case in chain.from_iterable(cases):
         if only not in case.name:
             continue

@@ -25,6 +25,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 TOTAL_SECONDS = 9 * 60 - 15
+OWN_TESTS = [f"tests/test_cuda{part}.py" for part in ("", "_head", "_extras")]
 PACKAGES = ("torch", "triton", "ninja", "setuptools", "numpy", "pytest", "xdist", "hypothesis",
             "expecttest", "matplotlib", "psutil", "liger_kernel", "quack",
             "cut_cross_entropy")  # fmt: skip
@@ -171,6 +172,14 @@ def sanitized() -> None:
             ops.cross_entropy_forward(x, *rest, True)
             loss, stats, _ = ops.cross_entropy_forward(x, *rest, False)
             ops.cross_entropy_backward(loss, x, *rest[:2], stats, *rest[2:])
+            for backend, reduction in (("native", "mean"), ("native", "none"), ("triton", "none")):
+                with torchext.use_backend(backend):
+                    logits = x.clone().requires_grad_()
+                    loss, lse, _ = torchext.cross_entropy(
+                        logits, target, softcap=9.0, z_loss=0.1, reduction=reduction,
+                        label_smoothing=0.1, return_lse=True, return_argmax=True,
+                    )  # fmt: skip
+                    (loss.sum() + lse.sum()).backward()
         for x in (torch.randn(2, 21, 9, 8, device="cuda"), torch.randn(70, 33, device="cuda").t()):
             logits = x.to(dtype).requires_grad_()
             positions = (x.shape[0], *x.shape[2:])
@@ -258,7 +267,7 @@ def main() -> int:
         Stage(
             "tests: cuda",
             "what is CUDA's own: routes, streams, graphs, 2^31 elements, assertions",
-            [*pytest, "--durations=5", "tests/test_cuda.py", "tests/test_cuda_head.py"],
+            [*pytest, "--durations=5", *OWN_TESTS],
             100,
             reserve=260,
         )
@@ -278,8 +287,7 @@ def main() -> int:
                     backend,
                     "--sample",
                     "12",
-                    "--ignore=tests/test_cuda.py",
-                    "--ignore=tests/test_cuda_head.py",
+                    *(f"--ignore={test}" for test in OWN_TESTS),
                 ],
                 90,
                 reserve=reserve,

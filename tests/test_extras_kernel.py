@@ -1,4 +1,4 @@
-"""The CPU's kernel of the extras: given logits, against the definition in float64."""
+"""The kernels of the extras: given logits, against the definition in float64."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch import Tensor
 from torch._dynamo.backends.common import aot_autograd
 
 import torchext
-from torchext import _backend
+from torchext import _backend, _triton
 from torchext.ops import extras_logits
 
 # Of the norm, beyond what the definition in torch's ops errs: a rounding of the result.
@@ -28,6 +28,11 @@ EXTRAS: list[dict[str, Any]] = [
     {"z_loss": 0.2, "softcap": 5.0, "logit_scale": -2.0, "return_lse": True, "return_argmax": True},
 ]
 OPERATOR = torch.ops.torchext.cross_entropy_extras.default
+
+
+def fewest(device: str) -> int:
+    """The fewest classes that a device's kernel serves; of one the gradient is all cancellation."""
+    return 16 if device == "cpu" and not _triton.interpreted else 2
 
 
 @pytest.fixture
@@ -62,31 +67,35 @@ def double(value: Any) -> Any:
 
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 @pytest.mark.parametrize("extras", EXTRAS, ids=str)
-@pytest.mark.parametrize("dtype", FLOOR, ids=str)
 def test_against_float64(
-    kernel_alone: None, dtype: torch.dtype, extras: dict[str, Any], reduction: str
+    kernel_alone: None,
+    device: str,
+    backend: str,
+    dtype: torch.dtype,
+    extras: dict[str, Any],
+    reduction: str,
 ) -> None:
     for classes, kind, weighted, smoothing in (
-        (16, "indices", True, 0.1),
+        (fewest(device), "indices", True, 0.1),
         (33, "probabilities", True, 0.2),
         (50, "indices", False, 0.1),
         (91, "indices", False, 0.0),
         (2100, "probabilities", False, 0.0),
         (5003, "indices", True, 0.0),
     ):
-        rows = 39
+        rows = 11 if _triton.interpreted else 39
         # On both sides of where tanh has a polynomial, in one group of vectors and in others.
-        logits = (torch.randn(rows, classes) * torch.rand(rows, 1) * 9).to(dtype)
-        target = torch.randint(classes, (rows,), dtype=torch.int32)
-        target[torch.rand(rows) < 0.2] = -100
+        logits = (torch.randn(rows, classes) * torch.rand(rows, 1) * 9).to(device, dtype)
+        target = torch.randint(classes, (rows,), dtype=torch.int32, device=device)
+        target[1 + torch.randperm(rows - 1)[: rows // 5]] = -100
         if kind == "probabilities":
-            target = torch.randn(rows, classes).softmax(1).to(dtype)
-        weight = (torch.rand(classes) + 0.5).to(dtype) if weighted else None
+            target = torch.randn(rows, classes).softmax(1).to(device, dtype)
+        weight = (torch.rand(classes) + 0.5).to(device, dtype) if weighted else None
         options = {
             **extras, "reduction": reduction, "label_smoothing": smoothing, "weight": weight
         }  # fmt: skip
         upstream = [torch.randn(rows if reduction == "none" else ()), torch.randn(rows)]
-        upstream = [grad.to(dtype) for grad in upstream]
+        upstream = [grad.to(device, dtype) for grad in upstream]
         ours = results(logits, target, upstream, **options)
         with torchext.use_backend("eager"):
             eager = results(logits, target, upstream, **options)
@@ -102,25 +111,25 @@ def test_against_float64(
 
 
 @pytest.mark.parametrize("softcap", [None, 4.0])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_rows_that_are_not_finite(
-    kernel_alone: None, dtype: torch.dtype, softcap: float | None
+    kernel_alone: None, device: str, backend: str, dtype: torch.dtype, softcap: float | None
 ) -> None:
-    logits = torch.randn(9, 40)
+    logits = torch.randn(9, 40, device=device)
     logits[0, 3], logits[1, 39], logits[2], logits[3, :20] = (
         math.nan, math.inf, -math.inf, -math.inf
     )  # fmt: skip
     logits[4, 5], logits[4, 6], logits[5, 0], logits[6] = math.inf, math.nan, -math.inf, math.nan
     logits = logits.to(dtype)
-    for target in (torch.full((9,), 5), torch.tensor([-100] * 6 + [5] * 3)):
+    for target in ([5] * 9, [-100] * 6 + [5] * 3):
+        target = torch.tensor(target, device=device)
         for extras in ({"z_loss": 0.1}, {"return_lse": True}, {"return_argmax": True}):
             options = {**extras, "softcap": softcap, "reduction": "none"}
-            upstream = [torch.randn(9), torch.randn(9)]
+            upstream = [torch.randn(9, device=device) for _ in range(2)]
             ours = results(logits, target, upstream, **options)
             with torchext.use_backend("eager"):
                 exact = results(logits.double(), target, upstream, **options)
             near = {"rtol": 1e-5, "atol": 1e-5}
-            if dtype == torch.bfloat16:
+            if dtype.itemsize == 2:
                 near = {"rtol": 1e-2, "atol": 1e-2}
             for actual, other in zip(ours[:-1], exact[:-1], strict=True):
                 torch.testing.assert_close(actual.to(other.dtype), other, equal_nan=True, **near)
@@ -132,10 +141,18 @@ def test_rows_that_are_not_finite(
             torch.testing.assert_close(ours[-1][whole].double(), exact[-1][whole], **near)
 
 
-def test_bits_depend_on_the_row_alone(kernel_alone: None) -> None:
-    logits, target = torch.randn(300, 517) * 4, torch.randint(517, (300,))
+def test_bits_depend_on_the_row_alone(kernel_alone: None, device: str, backend: str) -> None:
+    def same(actual: Tensor, expected: Tensor) -> bool:
+        # Torch's ops promise no bits.
+        return torch.equal(actual, expected) or (
+            backend == "eager" and torch.allclose(actual, expected, rtol=1e-5, atol=1e-6)
+        )
+
+    rows = 45 if _triton.interpreted else 300
+    logits = torch.randn(rows, 517, device=device) * 4
+    target = torch.randint(517, (rows,), device=device)
     options = {"softcap": 6.0, "z_loss": 0.1, "label_smoothing": 0.1, "return_lse": True}
-    upstream = [torch.randn(()), torch.randn(300)]
+    upstream = [torch.randn((), device=device), torch.randn(rows, device=device)]
     threads = torch.get_num_threads()
     try:
         torch.set_num_threads(1)
@@ -143,14 +160,14 @@ def test_bits_depend_on_the_row_alone(kernel_alone: None) -> None:
     finally:
         torch.set_num_threads(threads)
     for found, expected in zip(results(logits, target, upstream, **options), one, strict=True):
-        assert torch.equal(found, expected)
-    upstream = [torch.randn(300), torch.randn(300)]
+        assert same(found, expected)
+    upstream = [torch.randn(rows, device=device) for _ in range(2)]
     whole = results(logits, target, upstream, reduction="none", **options)
-    for part in (slice(0, 1), slice(17, 40), slice(299, 300)):
+    for part in (slice(0, 1), slice(17, 40), slice(rows - 1, rows)):
         given = [grad[part] for grad in upstream]
         found = results(logits[part], target[part], given, reduction="none", **options)
         for actual, expected in zip(found, whole, strict=True):
-            assert torch.equal(actual, expected[part])
+            assert same(actual, expected[part])
 
 
 def test_layouts() -> None:
@@ -172,29 +189,32 @@ def test_layouts() -> None:
         assert torch.equal(actual, expected)
 
 
-def test_argmax_is_the_first(kernel_alone: None) -> None:
-    logits = torch.randint(4, (50, 70)).float()
+def test_argmax_is_the_first(kernel_alone: None, device: str, backend: str) -> None:
+    logits = torch.randint(4, (50, 70), device=device).float()
     logits[3, 20] = logits[3, 40] = math.nan
-    _, argmax = torchext.cross_entropy(
-        logits, torch.zeros(50).long(), return_argmax=True, softcap=9.0
-    )
+    target = torch.zeros(50, dtype=torch.long, device=device)
+    _, argmax = torchext.cross_entropy(logits, target, return_argmax=True, softcap=9.0)
     assert torch.equal(argmax, logits.argmax(1))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("extras", EXTRAS, ids=str)
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 def test_in_place(
-    kernel_alone: None, dtype: torch.dtype, extras: dict[str, Any], reduction: str
+    kernel_alone: None,
+    device: str,
+    backend: str,
+    dtype: torch.dtype,
+    extras: dict[str, Any],
+    reduction: str,
 ) -> None:
     """The same, in the logits' memory; nothing happens where the logits are needed again."""
-    upstream = torch.randn(12 if reduction == "none" else (), dtype=dtype)
+    upstream = torch.randn(12 if reduction == "none" else (), dtype=dtype, device=device)
     for kind in ("indices", "probabilities"):
-        leaf = torch.randn(12, 70).to(dtype).requires_grad_()
-        logits, target = leaf + 0, torch.randint(70, (12,))
+        leaf = torch.randn(12, 70).to(device, dtype).requires_grad_()
+        logits, target = leaf + 0, torch.randint(70, (12,), device=device)
         target[3] = -100
         if kind == "probabilities":
-            target = torch.randn(12, 70).softmax(1).to(dtype)
+            target = torch.randn(12, 70).softmax(1).to(device, dtype)
         before = logits.detach().clone()
         options = {**extras, "reduction": reduction, "label_smoothing": 0.1}
         found = as_tuple(torchext.cross_entropy(logits, target, inplace_backward=True, **options))
@@ -202,6 +222,8 @@ def test_in_place(
         for actual, expected in zip(found, plain, strict=True):
             torch.testing.assert_close(actual, expected)
         overwritten = reduction != "none" and not extras.get("return_lse")
+        # A gradient of float16 would underflow before it is multiplied by a loss scale.
+        overwritten = overwritten and backend != "eager" and dtype is not torch.float16
         assert torch.equal(logits.detach(), before) is not overwritten
         (grad,) = torch.autograd.grad(found[0], logits, upstream)
         assert (grad.data_ptr() == logits.data_ptr()) is overwritten

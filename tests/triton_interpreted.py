@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from test_extras import truth
 from torch import Tensor
 from torchext.triton_kernels import (
     common,
@@ -23,7 +24,8 @@ from torchext.triton_kernels import (
 )
 
 import torchext
-from torchext import _triton, reference
+from torchext import _backend, _triton, reference
+from torchext.ops import extras_chunks
 from torchext.testing import assert_drop_in
 
 OPS = torch.ops.torchext_triton
@@ -75,6 +77,8 @@ def test_every_kernel_runs(monkeypatch: pytest.MonkeyPatch) -> None:
         assert_drop_in(
             torchext.linear_cross_entropy, reference.linear_cross_entropy, x, w, target_for(x)
         )
+    with torchext.use_backend("triton"):
+        torchext.cross_entropy(x, target_for(x), softcap=3.0)
     folder = Path(common.__file__).parent
     source = "".join(file.read_text() for file in folder.glob("*.py"))
     assert launched == set(re.findall(r"^def (\w+_kernel)\(", source, re.MULTILINE))
@@ -122,6 +126,40 @@ def test_compile_takes_them_whole() -> None:
     torch.testing.assert_close(gradients, expected)
     assert "torchext_triton.cross_entropy_forward" in graphs[0]
     assert "torchext_triton.linear_relu_forward" in graphs[0]
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_extras_of_a_head(reduction: str, compiled: bool) -> None:
+    """The chunks' logits have the same kernel; behind the operator that compile keeps, too."""
+    shapes = ((9, 6), (11, 6), (11,))
+    leaves = [torch.randn(shape, requires_grad=True) for shape in shapes]
+    wide = [leaf.detach().double().requires_grad_() for leaf in leaves]
+    target = torch.randint(11, (9,))
+    target[2] = -100
+    extras = {"softcap": 4.0, "z_loss": 0.1, "return_lse": True, "return_argmax": True}
+    head = torchext.linear_cross_entropy
+    if compiled:
+        torch.compiler.reset()
+        head = torch.compile(head, fullgraph=True, backend="aot_eager")
+    kernels = extras_chunks._rows_of
+    ran: list[int] = []
+    with pytest.MonkeyPatch.context() as patch, torchext.use_backend("triton"):
+        patch.setattr(
+            extras_chunks, "_rows_of", lambda kernel: ran.append(kernel) or kernels(kernel)
+        )
+        options = {"linear_bias": leaves[2], "reduction": reduction, **extras}
+        loss, lse, argmax = head(*leaves[:2], target, **options)
+        upstream = [torch.randn(loss.shape), torch.randn(lse.shape)]
+        grads = torch.autograd.grad((loss, lse), leaves, upstream)
+    assert set(ran) == {_backend.TRITON}
+    exact = truth(F.linear(*wide), target, reduction=reduction, **extras)
+    for found, expected in zip((loss, lse), exact, strict=False):
+        torch.testing.assert_close(found, expected.float())
+    assert torch.equal(argmax, exact[2])
+    others = torch.autograd.grad(exact[:2], wide, [grad.double() for grad in upstream])
+    for grad, other in zip(grads, others, strict=True):
+        torch.testing.assert_close(grad, other.float())
 
 
 @pytest.mark.parametrize("index", [-(2**63), 2**63 - 1, -1, 2**32, 17000])

@@ -26,7 +26,6 @@ from torch._ops import OpOverload
 
 from torchext import _native
 
-_MODULES = {name: name for name in ("linear_relu", "cross_entropy", "linear_cross_entropy")}
 SCHEMAS = {
     "linear_relu_forward": "(Tensor input, Tensor weight, Tensor? bias) -> Tensor",
     "linear_relu_backward": (
@@ -107,7 +106,7 @@ def serves(tensor: Tensor) -> bool:
 @cache
 def kernels(op: str) -> Any:
     """Returns the module of an op's functions. Imports triton."""
-    return importlib.import_module(f"torchext.triton_kernels.{_MODULES[op]}")
+    return importlib.import_module(f"torchext.triton_kernels.{op}")
 
 
 def _call(op: str, name: str, *args: Any) -> Any:

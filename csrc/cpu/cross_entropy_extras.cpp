@@ -101,7 +101,7 @@ void cross_entropy_extras_rows_cpu(const Tensor& input, const Tensor& target,
   const ExtrasRows call{input,    target,   weight,      ignore_index, label_smoothing,
                         z_loss,   softcap,  logit_scale, stats,        grad_loss,
                         grad_lse, gradient, loss,        argmax};
-  check_extras_rows(call);
+  check_extras_rows(call, kFewestClassesOfExtras);
   dispatch_floating(input.scalar_type(), op,
                     [&](auto zero) { PreparedExtras<decltype(zero)>(call).run(); });
 }
@@ -133,7 +133,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> cross_entropy_extras_
       stats, {},     {},     {},           losses,          {}};
   if (save_gradient) call.gradient = gradient;
   if (return_argmax) call.argmax = argmax;
-  check_extras_rows(call);
+  check_extras_rows(call, kFewestClassesOfExtras);
   Tensor loss = losses;
   dispatch_floating(input.scalar_type(), op, [&](auto zero) {
     using scalar_t = decltype(zero);

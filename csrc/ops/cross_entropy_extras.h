@@ -8,7 +8,7 @@
 
 namespace torchext {
 
-// Rows of fewer classes are not served: the widest vector has 16 floats.
+// Rows of fewer classes are not served on the CPU: the widest vector has 16 floats.
 constexpr int64_t kFewestClassesOfExtras = 16;
 
 // What a loss is summed in.
@@ -26,12 +26,12 @@ struct ExtrasRows {
   std::optional<Tensor> grad_loss, grad_lse, gradient, loss, argmax;
 };
 
-inline void check_extras_rows(const ExtrasRows& call) {
+inline void check_extras_rows(const ExtrasRows& call, int64_t fewest_classes) {
   const char* op = "cross_entropy_extras_rows: expected ";
   const Tensor& input = call.input;
   TORCHEXT_CHECK(is_floating(input.scalar_type()) && input.dim() == 2 &&
-                     input.size(1) >= kFewestClassesOfExtras && input.stride(1) == 1,
-                 op, "rows of at least ", kFewestClassesOfExtras,
+                     input.size(1) >= fewest_classes && input.stride(1) == 1,
+                 op, "rows of at least ", fewest_classes,
                  " contiguous classes in float32, float64, bfloat16 or float16, but got shape ",
                  shape_string(input), " and dtype ", dtype_string(input));
   const int64_t rows = input.size(0), classes = input.size(1);

@@ -108,8 +108,8 @@ def cross_entropy(
 
     Returns:
         The loss, of input's dtype; with return_lse or return_argmax a tuple of it and those. The
-        extras (without `inplace_backward`) have a kernel on the CPU for rows of at least 16
-        contiguous classes, and are else torch's ops around it: see `torchext.ops.extras`.
+        extras have a kernel for rows of contiguous classes (on the CPU of at least 16), and are
+        else torch's ops around the loss's: see `torchext.ops.extras`.
 
     Raises:
         IndexError: where a class index is neither in [0, C) nor `ignore_index`.

@@ -4,10 +4,11 @@ r"""What the losses can do beside the stock ones, made of differentiable ops.
     lse_n = log sum_c exp z_nc
     loss_n = cross_entropy(z)_n + z_loss lse_n^2     nothing where the target is ignored
 
-Every backend serves them. On the CPU rows of logits have a kernel of their own; other logits take
-the backend's cross_entropy and torch's ops around it, and linear_cross_entropy makes the logits by
-chunks of rows where it can (extras_autograd.py; of a compiled call, extras_operator.py). `z_loss`
-and `softcap` are those of PaLM (Chowdhery et al., 2022) and Gemma 2 (Gemma team, 2024).
+Every backend serves them. Rows of logits have a kernel of their own (csrc/cpu, csrc/cuda,
+triton_kernels: cross_entropy_extras*); other logits take the backend's cross_entropy and torch's
+ops around it, and linear_cross_entropy makes the logits by chunks of rows where it can
+(extras_autograd.py; of a compiled call, extras_operator.py). `z_loss` and `softcap` are those of
+PaLM (Chowdhery et al., 2022) and Gemma 2 (Gemma team, 2024).
 
 Siblings: torchext/ops/cross_entropy.py, torchext/ops/linear_cross_entropy.py, tests/test_extras.py.
 """

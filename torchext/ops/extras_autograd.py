@@ -176,7 +176,7 @@ def forward(
     if overwrite:
         assert isinstance(source, Logits)
         source.overwrite()
-    elif linear_weight is None and source.kernel:
+    elif linear_weight is None and source.kernel == _backend.OPERATOR and input.is_cpu:
         return _forward_of_logits(wanted[0], input, target, weight, options)
     targets = Targets(target, weight, source, wide(input.dtype), options)
     source.want(wanted)

@@ -5,23 +5,24 @@ r"""The losses' extras by chunks of rows, with their gradient: no logits beside 
     grad_z_nc = softmax(z_n)_c (g_n (m_n + 2 z_loss lse_n) + h_n) - g_n q_nc
 
 with q the weighted targets (see torchext/ops/cross_entropy.py), m_n = sum_c q_nc, g_n and h_n the
-gradients of loss_n and lse_n. Sums, z and its gradient are of float32 or wider. On the CPU rows of
-contiguous classes have one kernel for all of it (csrc/cpu/cross_entropy_extras_kernel.h). Elsewhere
-a chunk's loss is the cross_entropy kernel's where there is one, the rest torch's ops; there the
-gradient takes the place of z.
+gradients of loss_n and lse_n. Sums, z and its gradient are of float32 or wider. Rows of contiguous
+classes have one kernel for all of it; elsewhere a chunk's loss is the cross_entropy kernel's where
+there is one, the rest torch's ops, and the gradient takes the place of z.
 
-Siblings: torchext/ops/extras_source.py (the chunks).
+Siblings: torchext/ops/extras_source.py (the chunks), csrc/cpu/cross_entropy_extras_kernel.h and
+csrc/cuda, triton_kernels/cross_entropy_extras.py (the kernels).
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from torchext import _backend
+from torchext import _backend, _triton
 from torchext.ops.extras import Extras
 from torchext.ops.extras_source import Logits, Source
 from torchext.ops.linear_cross_entropy_call import INDICES
@@ -71,7 +72,7 @@ class Targets:
         self.indices = target.dtype in INDICES
         self._op = "cross_entropy" if isinstance(source, Logits) else "linear_cross_entropy"
         self._mass: Tensor | None = None
-        if self.indices and source.kernel:
+        if self.indices and target.is_cpu and source.kernel == _backend.OPERATOR:
             try:
                 self._mass = torch.ops.torchext.cross_entropy_mass(
                     target, self.weight, self.classes, options.ignore_index
@@ -80,11 +81,12 @@ class Targets:
                 self._check(target.long(), target.long() != options.ignore_index)
                 raise
         elif self.indices:
-            target = target.long()  # narrow ones would be compared in their own width, and wrap
-            self.kept = target != options.ignore_index
-            self._check(target, self.kept)
-            # An ignored row has an lse, too: its class is any.
-            target = torch.where(self.kept, target, 0)
+            index = target.long()  # narrow ones would be compared in their own width, and wrap
+            self.kept = index != options.ignore_index
+            self._check(index, self.kept)
+            if not source.kernel:
+                # An ignored row has an lse, too: its class is any.
+                target = torch.where(self.kept, index, 0)
         self.target = target
         self.positions = target.shape if self.indices else target.shape[:1] + target.shape[2:]
 
@@ -109,7 +111,8 @@ class Targets:
             assert self.kept is not None
             chosen = self.kept
             if self.weight is not None:
-                chosen = torch.where(self.kept, self.weight[self.target], 0)
+                index = torch.where(self.kept, self.target, 0).long()
+                chosen = torch.where(self.kept, self.weight[index], 0)
             mass = chosen.sum(dtype=torch.float64)
         if self.options.extras.ignored_mean == "zero":
             mass = torch.where(mass == 0, 1.0, mass)
@@ -132,7 +135,7 @@ class Targets:
         logits = source.logits(first, last)
         if of_loss is not None or of_lse is not None:
             gradient = source.room(first, last)
-        torch.ops.torchext.cross_entropy_extras_rows(
+        _rows_of(source.kernel)(
             logits, self.target[first:last], self.weight, options.ignore_index,
             options.label_smoothing, extras.z_loss, extras.softcap or 0.0, extras.logit_scale,
             of_loss, of_lse, gradient, losses, stats, argmax,
@@ -219,6 +222,15 @@ class Targets:
     @staticmethod
     def _by_class(values: Tensor, z: Tensor) -> Tensor:
         return values.view(-1, *[1] * (z.dim() - 2))
+
+
+def _rows_of(kernel: int) -> Callable[..., None]:
+    found: Callable[..., None]
+    if kernel == _backend.TRITON:
+        found = _triton.kernels("cross_entropy_extras").cross_entropy_extras_rows
+    else:
+        found = torch.ops.torchext.cross_entropy_extras_rows
+    return found
 
 
 def step(

@@ -1,4 +1,4 @@
-"""The extras of given logits by the CPU's kernel: which calls it serves.
+"""The extras of given logits by a kernel: which calls it serves.
 
 Siblings: torchext/ops/extras.py (the definition), torchext/ops/extras_autograd.py (the node).
 """
@@ -14,9 +14,9 @@ from torch import Tensor
 from torchext import _backend
 from torchext.ops.cross_entropy_fake import REDUCTIONS
 from torchext.ops.extras import Extras, Result
-from torchext.ops.extras_autograd import at_once, forward, plain, run
+from torchext.ops.extras_autograd import forward, plain, run
 from torchext.ops.extras_chunks import Options
-from torchext.ops.extras_source import has_kernel
+from torchext.ops.extras_source import kernel_of
 from torchext.ops.linear_cross_entropy_call import go_together
 from torchext.ops.linear_cross_entropy_fake import wide
 
@@ -31,7 +31,7 @@ def attempt(
     label_smoothing: float,
     overwriting: Callable[..., Tensor | None] | None = None,
 ) -> Result | None:
-    """Computes a loss of given logits by the CPU's kernel; None where it does not serve the call.
+    """Computes a loss of given logits by a kernel; None where none serves the call.
 
     Args:
         input: the logits (N, C).
@@ -52,7 +52,7 @@ def attempt(
         input.dim() != 2
         or any(isinstance(extra, Tensor) for extra in extras)
         or not plain(input, target, weight, ordinary=ordinary)
-        or not has_kernel(input, input.shape[1:])
+        or not kernel_of(input, input.shape[1:], input.shape[0])
     ):
         return None
     autocast = _backend.autocast_dtype(input) is not None
@@ -70,7 +70,9 @@ def attempt(
     smoothing = label_smoothing if label_smoothing > 0 else 0.0
     dtype = input.dtype if ordinary else wide(input.dtype)
     options = Options(extras, reduction, ignore_index, smoothing, dtype)
-    if overwriting is not None and ordinary and not autocast and at_once(input, options):
+    # As without extras: where it is float16, the gradient would underflow.
+    at_once = options.at_once and input.dtype is not torch.float16
+    if overwriting is not None and ordinary and not autocast and at_once:
         result = _overwritten(overwriting, input, target, weight, options)
         if result is not None:
             return result

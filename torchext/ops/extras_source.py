@@ -1,8 +1,8 @@
 """The logits of a loss with extras, a chunk of rows at a time, and where their gradient goes.
 
 Workspace: on the CPU 512 rows of logits (more where they take less than 8 MiB) in at most 64 MiB,
-elsewhere 512 MiB, or 256 rows where those are more. Where the CPU's kernel does not serve, again as
-much for softcap, and half for narrow logits. Logits that are given need none with it.
+elsewhere 512 MiB, or 256 rows where those are more. Where no kernel serves, again as much for
+softcap, and half for narrow logits. Logits that are given need none with a kernel.
 
 Siblings: torchext/ops/extras_chunks.py (the arithmetic).
 """
@@ -22,7 +22,8 @@ _BYTES = {"cpu": 64 << 20}
 _BYTES_ELSEWHERE = 512 << 20
 _MIN_ROWS = 256
 _ENOUGH_ROWS, _ENOUGH_BYTES = 512, 8 << 20
-_FEWEST_CLASSES = 16  # of the kernel: kFewestClassesOfExtras
+_FEWEST_CLASSES = 16  # of the CPU's kernel: kFewestClassesOfExtras
+_NONE = _backend.EAGER
 
 
 def rows_per_chunk(rows: int, columns: int, like: Tensor) -> int:
@@ -35,14 +36,24 @@ def rows_per_chunk(rows: int, columns: int, like: Tensor) -> int:
     return max(1, min(rows, fit))
 
 
-def has_kernel(like: Tensor, shape: Sequence[int]) -> bool:
-    """Whether the CPU's kernel serves logits of like's dtype, and a shape after their rows."""
-    return (
-        like.is_cpu
-        and len(shape) == 1
-        and shape[0] >= _FEWEST_CLASSES
-        and _backend.route(like, op="cross_entropy") == _backend.OPERATOR
-    )
+def kernel_of(like: Tensor, shape: Sequence[int], rows: int) -> int:
+    """Returns which kernel serves rows of logits of like's dtype and device.
+
+    Args:
+        like: of that dtype and device.
+        shape: of a row.
+        rows: how many there are.
+
+    Returns:
+        `_backend.OPERATOR`, the native one of the device; `_backend.TRITON`; or 0, none.
+    """
+    if len(shape) != 1:
+        return _NONE
+    place = _backend.route(like, op="cross_entropy", work=rows * shape[0])
+    if place != _backend.OPERATOR:
+        return place
+    fewest = _FEWEST_CLASSES if like.is_cpu else 1
+    return place if shape[0] >= fewest else _NONE
 
 
 class Source:
@@ -52,8 +63,8 @@ class Source:
     chunk: int
     shape: torch.Size
     """What comes after the rows: (C, d1, ..., dK)."""
-    kernel: bool
-    """Whether the CPU's kernel makes the gradient, in `room`, of logits that stay as they are."""
+    kernel: int
+    """Which kernel makes the gradient, in `room`, of logits that stay as they are: `kernel_of`."""
 
     def chunks(self) -> Iterator[tuple[int, int]]:
         """Yields the first row of each chunk, and the one after its last."""
@@ -98,7 +109,9 @@ class Logits(Source):
 
     def __init__(self, input: Tensor, softcap: bool) -> None:
         self.input, self.shape, self.rows = input, input.shape[1:], len(input)
-        self.kernel = has_kernel(input, self.shape) and input.stride(1) == 1
+        self.kernel = _NONE
+        if len(self.shape) == 1 and input.stride(1) == 1:
+            self.kernel = kernel_of(input, self.shape, self.rows)
         self.chunk = self.rows
         self._softcap = softcap
         if not self.kernel:
@@ -154,7 +167,8 @@ class Linear(Source):
         softcap: bool,
     ) -> None:
         self.shape = linear_weight.shape[:-1]
-        self.kernel = has_kernel(input, self.shape)
+        self.kernel = kernel_of(input, self.shape, len(input))
+        self._native_products = self.kernel == _backend.OPERATOR and input.is_cpu
         linear_weight = linear_weight.reshape(-1, linear_weight.shape[-1])
         linear_bias = None if linear_bias is None else linear_bias.reshape(-1)
         self.tensors = (input, linear_weight, linear_bias)
@@ -225,7 +239,7 @@ class Linear(Source):
         bias: Tensor | None = None,
         accumulate: bool = False,
     ) -> None:
-        if self.kernel:
+        if self._native_products:
             torch.ops.torchext.product_out(left, right, bias, accumulate, out)
         elif bias is not None:
             torch.addmm(bias, left, right, out=out)
