@@ -208,6 +208,9 @@ def main() -> None:
              "--expt-relaxed-constexpr", "-Xcompiler=-Wall,-Wextra,-Werror",
              "-Werror=all-warnings"]  # fmt: skip
     flags += constants["NVCC_FLAGS"]
+    everything = Counter(p.stem for p in (ROOT / "csrc/cuda").glob("*.c*") if p.suffix != ".cuh")
+    if twice := [stem for stem, count in everything.items() if count > 1]:
+        fail(f"setup.py's builds would give several sources one object file: {', '.join(twice)}")
     sources = sorted(p for p in (ROOT / "csrc/cuda").glob("*.cu") if options.only in p.name)
     if not sources:
         fail(f"no source has {options.only!r} in its name")

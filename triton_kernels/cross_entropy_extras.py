@@ -12,7 +12,13 @@ from torch import Tensor
 from torchext.triton_kernels import common
 from torchext.triton_kernels.common import WIDE
 from torchext.triton_kernels.cross_entropy_call import INDICES
-from torchext.triton_kernels.cross_entropy_math import base_of, dense_target, merged, target_of
+from torchext.triton_kernels.cross_entropy_math import (
+    base_of,
+    dense_target,
+    merged,
+    merged_target,
+    target_of,
+)
 from triton.language.extra import libdevice
 
 _TILE = 4096  # classes of a step
@@ -124,7 +130,9 @@ def cross_entropy_extras_kernel(
                 lane_dot += lane_mass * (before - base)
                 lane_dot += tl.sum(tl.where(mask, q * shifted, 0.0), 0)
                 lane_mass += tl.sum(q, 0)
-        maximum, total, mass, dot = merged(lane_max, lane_sum, lane_mass, lane_dot)
+        maximum, total = merged(lane_max, lane_sum)
+        if lane_mass is not None:
+            mass, dot = merged_target(lane_max, maximum, lane_mass, lane_dot)
         total = tl.where(maximum == -float("inf"), float("nan"), total)
         if argmax is not None:
             # As torch's: the first NaN, or the first of the largest.

@@ -68,16 +68,18 @@ def base_of(maximum):
 
 
 @triton.jit
-def merged(maximum, total, mass, dot):
-    """The statistics of a row from those of its parts along axis 0, each relative to its own."""
+def merged(maximum, total):
+    """The maximum and sum of a row from those of its parts along axis 0."""
     row = tl.max(maximum, 0)
-    whole = base_of(row)
     # -inf - -inf is not asked for; a part of -inf alone has the sum 0 and the factor 0.
-    total = tl.sum(total * tl.exp(tl.where(maximum == row, 0.0, maximum - whole)), 0)
-    if dot is not None:
-        dot = tl.sum(dot + mass * (base_of(maximum) - whole), 0)
-        mass = tl.sum(mass, 0)
-    return row, total, mass, dot
+    factor = tl.exp(tl.where(maximum == row, 0.0, maximum - base_of(row)))
+    return row, tl.sum(total * factor, 0)
+
+
+@triton.jit
+def merged_target(maximum, row, mass, dot):
+    """The sums of a row's dense target, relative to its maximum, from those of its parts."""
+    return tl.sum(mass, 0), tl.sum(dot + mass * (base_of(maximum) - base_of(row)), 0)
 
 
 @triton.jit

@@ -14,6 +14,7 @@ from torchext.triton_kernels.cross_entropy_math import (
     dense_target,
     gradient_scale,
     merged,
+    merged_target,
     store_row,
     target_of,
 )
@@ -113,7 +114,10 @@ def cross_entropy_statistics_kernel(
                 dot += mass * (before - base) + tl.sum(tl.where(mask, q * shifted, 0.0), 0)
             mass += tl.sum(q, 0)
     if ROWS:
-        maximum, total, mass, dot = merged(maximum, total, mass, dot)
+        largest, total = merged(maximum, total)
+        if mass is not None:
+            mass, dot = merged_target(maximum, largest, mass, dot)
+        maximum = largest
     if partials is not None:
         at = partials + piece * stats_stride + position
         step = tl.cast(slices, tl.int64) * stats_stride
@@ -183,7 +187,10 @@ def cross_entropy_merge_kernel(
     if input is None:
         tl.store(losses + position, tl.sum(mass, 0), mask=rows)
     else:
-        maximum, total, mass, dot = merged(maximum, total, mass, dot)
+        largest, total = merged(maximum, total)
+        if mass is not None:
+            mass, dot = merged_target(maximum, largest, mass, dot)
+        maximum = largest
         target_x = tl.zeros([BLOCK_P], ACC)
         weight_t = target_x
         kept = rows

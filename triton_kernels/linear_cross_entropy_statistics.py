@@ -8,6 +8,7 @@ from torchext.triton_kernels.cross_entropy_math import (
     base_of,
     dense_target,
     merged,
+    merged_target,
     store_row,
     target_of,
 )
@@ -170,10 +171,12 @@ def linear_cross_entropy_merge_kernel(
         mass = tl.load(at + 2 * step, mask=mask, other=0.0)
         dot = tl.load(at + 3 * step, mask=mask, other=0.0)
     target_x = tl.sum(tl.load(at + 4 * step, mask=mask, other=0.0), 0)  # of one slice: the others 0
-    maximum, total, mass, dot = merged(maximum, total, mass, dot)
+    largest, total = merged(maximum, total)
+    if mass is not None:
+        mass, dot = merged_target(maximum, largest, mass, dot)
     _, kept, _, weight_t = target_of(
         target, weight, row, here, classes, ignore_index, SMOOTHING, ACC
     )
     store_row(
-        losses, stats, row, here, rows, maximum, total, mass, dot, target_x, weight_t, kept
+        losses, stats, row, here, rows, largest, total, mass, dot, target_x, weight_t, kept
     )  # fmt: skip
