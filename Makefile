@@ -49,8 +49,13 @@ lint: setup  ## ruff, clang-format, mypy
 compile-cuda: setup  ## compile every CUDA kernel, without a GPU; registers, spills, instructions
 	$(BIN)/python scripts/compile_cuda.py $(ARGS)
 
-compile-triton: setup  ## compile every Triton kernel ahead of time, without a GPU; registers, spills
-	$(BIN)/python scripts/compile_triton.py $(ARGS)
+# The Triton of torch 2.11, the oldest torch that is served, knows less of the language.
+build/triton-oldest/stamp: | $(VENV)/setup.stamp
+	$(BIN)/pip install --quiet --upgrade --no-deps --target build/triton-oldest triton==3.6.0
+	@touch $@
+
+compile-triton: setup build/triton-oldest/stamp  ## compile every Triton kernel ahead of time, without a GPU
+	$(BIN)/python scripts/compile_triton.py --also build/triton-oldest $(ARGS)
 
 # The machine's own python3, torch, nvcc and Triton: such a machine may have no network.
 gpu-check:  ## on a machine with a GPU: build, all tests on CUDA, benchmarks, into OUT=dir

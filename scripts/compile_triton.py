@@ -6,7 +6,7 @@ sizes, the specialisations and all configurations of the autotuner. Prints regis
 shared memory of each; ends with an error where a kernel of a hot path spills, where a kernel has no
 case, or where Triton is missing.
 
-Usage: python scripts/compile_triton.py [--only WORDS] [--capability 80|90|100]
+Usage: python scripts/compile_triton.py [--only WORDS] [--capability 80|90|100] [--also FOLDER]
 """
 
 from __future__ import annotations
@@ -320,7 +320,10 @@ def compile_cases(capability: int, only: str) -> list[str]:
                 wrong.append(f"{built.name} needs {shared} bytes shared on {arch}: {case.name}")
     if not only:
         wrong += [f"{name} has no case" for name in sorted(kernels() - compiled)]
-    print(f"{len(seen)} compilations of {len(compiled)} kernels for {arch}")
+    print(
+        f"{len(seen)} compilations of {len(compiled)} kernels for {arch} by Triton "
+        f"{triton.__version__}"
+    )
     return wrong
 
 
@@ -329,21 +332,25 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--only", default="", help="compile the cases that have these words")
     parser.add_argument("--capability", type=int, choices=ARCHITECTURES, help="one architecture")
+    parser.add_argument("--also", help="a folder with another Triton, which compiles for sm_90a")
     options = parser.parse_args()
     if options.capability is not None:
         if wrong := compile_cases(options.capability, options.only):
             sys.exit("compile_triton: " + "\n".join(wrong))
         return
 
-    def compile_for(capability: int) -> int:
+    def compile_for(capability: int, folder: str | None) -> int:
         command = [sys.executable, __file__, f"--capability={capability}", f"--only={options.only}"]
-        done = subprocess.run(command, text=True, capture_output=True)
+        environment = os.environ | ({} if folder is None else {"PYTHONPATH": folder})
+        done = subprocess.run(command, text=True, capture_output=True, env=environment)
         print(done.stdout + done.stderr, end="", flush=True)
         return done.returncode
 
+    jobs = [(capability, None) for capability in ARCHITECTURES]
+    jobs += [] if options.also is None else [(90, options.also)]
     print(f"{'kernel':<40}{'arch':<9}{'registers':>9}{'spills':>8}{'shared':>9}  warps  case")
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        if any(list(pool.map(compile_for, ARCHITECTURES))):
+        if any(list(pool.map(compile_for, *zip(*jobs, strict=True)))):
             sys.exit("compile_triton: failed, see above")
 
 

@@ -45,6 +45,16 @@ def _one_stride(input: Tensor) -> bool:
     return True
 
 
+def to_check(weight: Tensor | None, target: Tensor, classes: int) -> Tensor | None:
+    """Returns the class weights that stock's checks need to see: not those of probabilities.
+
+    With symbolic sizes torch 2.11 cannot weigh them.
+    """
+    if weight is not None and target.is_floating_point() and weight.shape == (classes,):
+        return None
+    return weight
+
+
 def forward(
     input: Tensor,
     target: Tensor,
@@ -56,12 +66,13 @@ def forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Returns loss, stats and gradient."""
     name = REDUCTIONS[reduction]
-    reference.cross_entropy(input, target, weight, ignore_index, name, label_smoothing)
+    classes = input.shape[0 if input.dim() == 1 else 1]
+    checked = to_check(weight, target, classes)
+    reference.cross_entropy(input, target, checked, ignore_index, name, label_smoothing)
     # The shape is ours: with symbolic sizes, stock's fake loss of reduction none is a scalar.
     rows = input.shape[:0] if input.dim() == 1 else input.shape[:1] + input.shape[2:]
     loss = input.new_empty(rows if reduction == 0 else ())
     wide = torch.float64 if input.dtype == torch.float64 else torch.float32
-    classes = input.shape[0 if input.dim() == 1 else 1]
     positions = 0 if save_gradient else input.numel() // classes
     stats = input.new_empty((2, positions), dtype=wide)
     return loss, stats, empty_gradient(input) if save_gradient else input.new_empty((0,))

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from torchext import reference
-from torchext.ops.cross_entropy_fake import REDUCTIONS
+from torchext.ops.cross_entropy_fake import REDUCTIONS, to_check
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:
@@ -67,9 +67,10 @@ def forward(
     *wanted: bool,
 ) -> tuple[Tensor, ...]:
     """Returns loss, stats and the wanted gradients."""
-    definition(  # raises where shapes do not go together
-        input, linear_weight, target, linear_bias, weight, reduction, ignore_index, label_smoothing
-    )
+    options = (reduction, ignore_index, label_smoothing)
+    checked = to_check(weight, target, linear_weight.shape[0])
+    # Raises where shapes do not go together.
+    definition(input, linear_weight, target, linear_bias, checked, *options)
     positions = (input.shape[0], *linear_weight.shape[1:-1])
     loss = input.new_empty(positions if reduction == 0 else (), dtype=wide(input.dtype))
     stats = loss.new_empty((2, input.shape[0] * linear_weight.shape[1:-1].numel()))
