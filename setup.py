@@ -25,6 +25,7 @@ CXX_FLAGS = [
     "-Wall",
     "-Wextra",
     "-Wno-unused-parameter",
+    "-Wno-maybe-uninitialized",  # of the products' unrolled tiles, falsely
     *DEFINES,
     *MATH,
 ]
