@@ -68,6 +68,26 @@ def test_a_row_alone_upstreams_alone_and_nothing(emulated: Callable[..., Any]) -
     assert nothing.call(emulated, torch.empty(0, 33))[0].shape == (0,)
 
 
+def test_a_padded_vocabulary_has_the_same_loss_with_a_gradient(
+    emulated: Callable[..., Any],
+) -> None:
+    """The logits' rows are aligned, those of a fresh gradient are not."""
+    for dtype in (torch.float32, torch.bfloat16):
+        logits = torch.randn(5, 1024).to(dtype)[:, :1001]
+        case = Rows(logits, (0.1, 5.0, 1.0))
+        gradient = torch.empty(logits.shape, dtype=dtype)
+        losses, stats, _ = case.call(emulated, gradient)
+        alone, same, _ = case.call(emulated, None)
+        assert torch.equal(losses, alone)
+        assert torch.equal(stats, same)
+        dense = Rows(logits.clone(memory_format=torch.contiguous_format), case.extras)
+        dense.target, dense.of_loss, dense.of_lse = case.target, case.of_loss, case.of_lse
+        other = torch.empty_like(gradient)
+        dense.call(emulated, other)
+        near = {"rtol": 2**-7, "atol": 1e-6} if dtype is torch.bfloat16 else {}
+        torch.testing.assert_close(gradient, other, **near)
+
+
 def test_wrong_arguments(emulated: Callable[..., Any]) -> None:
     case = Rows(torch.randn(4, 33), (0.1, 0.0, 1.0))
     with pytest.raises(RuntimeError, match="expected gradient to have the shape"):

@@ -189,6 +189,49 @@ def test_layouts() -> None:
         assert torch.equal(actual, expected)
 
 
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_rows_that_overlap(kernel_alone: None, device: str, backend: str, reduction: str) -> None:
+    """Their gradient is of its own format: one of theirs would overlap, or be transposed."""
+    leaf = torch.randn(24, device=device, requires_grad=True)
+    target = torch.randint(20, (5,), device=device)
+    found, expected = [], []
+    for logits, into in (
+        (leaf.unfold(0, 20, 1), found),
+        (leaf.unfold(0, 20, 1).contiguous(), expected),
+    ):
+        values = torchext.cross_entropy(
+            logits, target, z_loss=0.1, return_lse=reduction == "none", reduction=reduction
+        )
+        total = sum(value.sum() for value in as_tuple(values))
+        into.extend([total.detach(), *torch.autograd.grad(total, leaf)])
+    for actual, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(actual, other)
+
+
+def test_upstream_gradients_with_the_negative_bit(
+    kernel_alone: None, device: str, backend: str
+) -> None:
+    logits = torch.randn(6, 40, device=device, requires_grad=True)
+    target = torch.randint(40, (6,), device=device)
+    negative = torch.randn(6, dtype=torch.complex64, device=device).conj().imag
+    assert negative.is_neg()
+    loss, lse = torchext.cross_entropy(logits, target, z_loss=0.1, return_lse=True)
+    mean = torchext.cross_entropy(logits, target, softcap=3.0)
+    plain = torchext.cross_entropy(logits.repeat(20, 2), target.repeat(20))
+    for value, upstream in (
+        (lse, negative),
+        (loss, negative[0]),
+        (mean, negative[0]),
+        (plain, negative[0]),
+    ):
+        (expected,) = torch.autograd.grad(value, logits, upstream.resolve_neg(), retain_graph=True)
+        (found,) = torch.autograd.grad(value, logits, upstream, retain_graph=True)
+        torch.testing.assert_close(found, expected)
+        if value is not lse and value is not loss:  # they share a node
+            (found,) = torch.autograd.grad(value, logits, upstream)
+            torch.testing.assert_close(found, expected)
+
+
 def test_argmax_is_the_first(kernel_alone: None, device: str, backend: str) -> None:
     logits = torch.randint(4, (50, 70), device=device).float()
     logits[3, 20] = logits[3, 40] = math.nan

@@ -109,6 +109,20 @@ def test_product_out(dtype: torch.dtype) -> None:
             PRODUCT(*wrong)
 
 
+def test_no_rows() -> None:
+    """A captured batch may be empty: no loss, and a gradient without elements."""
+    tensors = (torch.randn(0, 40), None, torch.empty(0, dtype=torch.int64), None, None)
+    options, wanted = (-100, 0.0, 0.1, 3.0, 1.0), (True, False, False)
+    loss, _, _, stats, mass, grad, *_ = OPERATOR(
+        *tensors, *options, 2, False, False, False, *wanted
+    )
+    assert loss == 0
+    assert grad.shape == (0, 40)
+    backward = torch.ops.torchext.cross_entropy_extras_backward
+    again = backward(torch.ones(()), None, *tensors, stats, mass, *options, *wanted)
+    assert again[0].shape == (0, 40)
+
+
 def test_the_operator_has_every_shape_of_logits() -> None:
     """Without a kernel too: few classes, inner dimensions, transposed rows."""
     for logits in (torch.randn(30, 9), torch.randn(4, 20, 3, 2), torch.randn(20, 30).t()):

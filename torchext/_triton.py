@@ -149,6 +149,6 @@ def register(op: str, name: str, fake: Callable[..., Any]) -> tuple[OpOverload, 
 def scale_(gradient: Tensor, grad_output: Tensor) -> None:
     """Multiplies a gradient in device memory by a scalar there, without the host knowing it."""
     if serves(gradient):
-        kernels("cross_entropy").scale_(gradient, grad_output)
+        kernels("cross_entropy").scale_(gradient, grad_output.resolve_neg())
     else:
         gradient.mul_(grad_output)

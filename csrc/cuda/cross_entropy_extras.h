@@ -15,8 +15,9 @@ struct ExtrasArgs {
   int64_t grad_loss_stride;
   const void* grad_lse;  // likewise
   int64_t grad_lse_stride;
-  int64_t* argmax;  // (positions), or null
-  bool from_stats;  // gradients alone, from the maxima and sums that are there
+  int64_t* argmax;   // (positions), or null
+  bool from_stats;   // gradients alone, from the maxima and sums that are there
+  bool wide_stores;  // the gradient's rows are aligned as the logits' are
   Number z_loss;
   Number softcap;  // 0: none
   Number logit_scale;

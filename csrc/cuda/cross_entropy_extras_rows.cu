@@ -230,11 +230,14 @@ __global__ void __launch_bounds__(kThreads, 1)
       if (c + k == target.index) value -= target.weight * g;
       x[k] = value * transform.slope(z);
     }
-    if constexpr (kWide && kSize > 1) {
-      store_wide(gradient + c, Access<scalar_t, true>::pack(x));
-    } else {
-      gradient[c] = from_acc<scalar_t>(x[0]);
+    if constexpr (kSize > 1) {
+      if (args.wide_stores) {
+        store_wide(gradient + c, Access<scalar_t, true>::pack(x));
+        return;
+      }
     }
+#pragma unroll
+    for (int k = 0; k < kSize; ++k) gradient[c + k] = from_acc<scalar_t>(x[k]);
   });
 }
 
@@ -245,15 +248,17 @@ cudaError_t launch_cross_entropy_extras(const ExtrasArgs& args, Dtype dtype, cud
   const auto aligned = [&](const void* data, const Strides& strides) {
     return reinterpret_cast<uintptr_t>(data) % 16 == 0 && strides.outer * bytes % 16 == 0;
   };
-  const bool wide = aligned(args.rows.input, args.rows.input_strides) &&
-                    aligned(args.rows.gradient, args.rows.gradient_strides);
+  // Of the logits alone: the sums have the same order, and bits, whatever is written.
+  const bool wide = aligned(args.rows.input, args.rows.input_strides);
   const int64_t warps = ceil_div(ceil_div(args.rows.classes, wide ? 16 / bytes : 1), 32);
   const int threads = static_cast<int>(warps < kThreads / 32 ? warps * 32 : kThreads);
   return dispatch(dtype, [&](auto zero) {
     using scalar_t = decltype(zero);
     const auto kernel = wide ? cross_entropy_extras_kernel<scalar_t, true>
                              : cross_entropy_extras_kernel<scalar_t, false>;
-    return launch(kernel, args.rows.positions, threads, 1, stream, args);
+    ExtrasArgs call = args;
+    call.wide_stores = aligned(args.rows.gradient, args.rows.gradient_strides);
+    return launch(kernel, args.rows.positions, threads, 1, stream, call);
   });
 }
 

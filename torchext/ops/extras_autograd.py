@@ -230,6 +230,8 @@ def again(
     options: Options,
 ) -> Grads:
     """Returns the needed gradients, the logits made again."""
+    # Triton's kernels read memory as it is.
+    grad_lse = None if grad_lse is None else grad_lse.resolve_neg()
     source = source_of(input, linear_weight, linear_bias, options)
     targets = Targets(target, weight, source, wide(input.dtype), options)
     source.want(needed)

@@ -111,7 +111,8 @@ class Targets:
             assert self.kept is not None
             chosen = self.kept
             if self.weight is not None:
-                index = torch.where(self.kept, self.target, 0).long()
+                # A class that does not exist makes the loss NaN, and is not read with.
+                index = torch.where(self.kept, self.target, 0).long().clamp(0, self.classes - 1)
                 chosen = torch.where(self.kept, self.weight[index], 0)
             mass = chosen.sum(dtype=torch.float64)
         if self.options.extras.ignored_mean == "zero":

@@ -112,7 +112,7 @@ class Logits(Source):
         self.kernel = _NONE
         if len(self.shape) == 1 and input.stride(1) == 1:
             self.kernel = kernel_of(input, self.shape, self.rows)
-        self.chunk = self.rows
+        self.chunk = max(1, self.rows)
         self._softcap = softcap
         if not self.kernel:
             self.chunk = rows_per_chunk(self.rows, math.prod(self.shape), input)
@@ -125,7 +125,9 @@ class Logits(Source):
 
     def want(self, needed: tuple[bool, bool, bool]) -> None:  # noqa: D102
         if needed[0]:
-            self._gradient = self.input if self._overwrite else torch.empty_like(self.input)
+            # Not in the format of rows that overlap: the kernels write rows of contiguous classes.
+            fresh = self.input.new_empty(self.input.shape)
+            self._gradient = self.input if self._overwrite else fresh
 
     def logits(self, first: int, last: int) -> Tensor:  # noqa: D102
         rows = self.input[first:last]
