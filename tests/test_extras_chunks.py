@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from test_extras_kernel import double
 from test_linear_cross_entropy import WithValue
 from torch import Tensor
 
@@ -47,6 +48,15 @@ def chunks_alone(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     yield
 
 
+def with_gradients(
+    found: Any, upstream: list[Tensor], leaves: list[Tensor]
+) -> tuple[list[Tensor], list[Tensor]]:
+    values = [found] if isinstance(found, Tensor) else list(found)
+    floating = [value for value in values if value.is_floating_point()]
+    grads = [g.to(v.dtype) for g, v in zip(upstream, floating, strict=False)]
+    return [v.detach() for v in values], list(torch.autograd.grad(floating, leaves, grads))
+
+
 def results(
     leaves: list[Tensor],
     target: Tensor,
@@ -62,22 +72,12 @@ def results(
         found = function(
             input, linear_weight, target, linear_bias=bias[0] if bias else None, **options
         )
-    values = [found] if isinstance(found, Tensor) else list(found)
-    floating = [value for value in values if value.is_floating_point()]
-    grads = [g.to(v.dtype) for g, v in zip(upstream, floating, strict=False)]
-    return [v.detach() for v in values], list(torch.autograd.grad(floating, leaves, grads))
+    return with_gradients(found, upstream, leaves)
 
 
 def definition(*args: Any, **kwargs: Any) -> tuple[list[Tensor], list[Tensor]]:
     with torchext.use_backend("eager"):
         return results(*args, **kwargs)
-
-
-def double(value: Any) -> Any:
-    if isinstance(value, list):
-        return [double(item) for item in value]
-    floating = isinstance(value, Tensor) and value.is_floating_point()
-    return value.double() if floating else value
 
 
 def at_rounded_logits(
@@ -99,10 +99,7 @@ def at_rounded_logits(
     logits = WithValue.apply(logits_of(*exact), logits_of(*rounded).double())
     with torchext.use_backend("eager"):
         found = torchext.cross_entropy(logits, target, **options)
-    values = [found] if isinstance(found, Tensor) else list(found)
-    floating = [value for value in values if value.is_floating_point()]
-    grads = [g.view(v.shape) for g, v in zip(upstream, floating, strict=False)]
-    return [v.detach() for v in values], list(torch.autograd.grad(floating, exact, grads))
+    return with_gradients(found, upstream, exact)
 
 
 def check(
@@ -121,11 +118,12 @@ def check(
     ours = results(leaves, target, upstream, autocast, function, **options)
     eager = definition(leaves, target, upstream, autocast, **options)
     wide = {name: double(value) for name, value in options.items()}
+    gradients = [double(gradient) for gradient in upstream]
     narrow = autocast or leaves[0].dtype
     if narrow.itemsize == 2:
-        truth = at_rounded_logits(leaves, double(target), double(upstream), narrow, **wide)
+        truth = at_rounded_logits(leaves, double(target), gradients, narrow, **wide)
     else:
-        truth = definition(double(leaves), double(target), double(upstream), **wide)
+        truth = definition([*map(double, leaves)], double(target), gradients, **wide)
     for found, stock, exact in zip(ours, eager, truth, strict=True):
         for actual, other, expected in zip(found, stock, exact, strict=True):
             assert actual.dtype == other.dtype and actual.shape == other.shape

@@ -15,6 +15,7 @@ from torchext.triton_kernels.cross_entropy_call import INDICES
 from torchext.triton_kernels.cross_entropy_math import (
     base_of,
     dense_target,
+    extended,
     merged,
     merged_target,
     target_of,
@@ -116,18 +117,13 @@ def cross_entropy_extras_kernel(
             mask = c < classes
             z = _transformed(row, c, mask, softcap, logit_scale, CAPPED, ACC)
             before = base_of(lane_max)
-            larger = tl.maximum(lane_max, tl.max(z, 0))
-            base = base_of(larger)
-            shifted = z - base[None, :]
-            factor = tl.exp(tl.where(lane_max == larger, 0.0, lane_max - base))
-            lane_sum = lane_sum * factor + tl.sum(tl.exp(shifted), 0)
-            lane_max = larger
+            lane_max, lane_sum, shifted = extended(lane_max, lane_sum, z)
             if lane_mass is not None:
                 dense = None
                 if at_probabilities is not None:
                     dense = at_probabilities + c
                 q = dense_target(dense, weight, c, mask, classes, SMOOTHING, ACC)
-                lane_dot += lane_mass * (before - base)
+                lane_dot += lane_mass * (before - base_of(lane_max))
                 lane_dot += tl.sum(tl.where(mask, q * shifted, 0.0), 0)
                 lane_mass += tl.sum(q, 0)
         maximum, total = merged(lane_max, lane_sum)

@@ -68,6 +68,16 @@ def base_of(maximum):
 
 
 @triton.jit
+def extended(maximum, total, x):
+    """Each lane's maximum and sum, a tile of logits added; and the logits relative to that."""
+    larger = tl.maximum(maximum, tl.max(x, 0))
+    base = base_of(larger)
+    shifted = x - base[None, :]
+    factor = tl.exp(tl.where(maximum == larger, 0.0, maximum - base))
+    return larger, total * factor + tl.sum(tl.exp(shifted), 0), shifted
+
+
+@triton.jit
 def merged(maximum, total):
     """The maximum and sum of a row from those of its parts along axis 0."""
     row = tl.max(maximum, 0)

@@ -12,6 +12,7 @@ import triton.language as tl
 from torchext.triton_kernels.cross_entropy_math import (
     base_of,
     dense_target,
+    extended,
     gradient_scale,
     merged,
     merged_target,
@@ -99,19 +100,16 @@ def cross_entropy_statistics_kernel(
         if input is not None:
             at = input + first + begin * input_channel
             x = tl.load(at + c * input_channel, mask=mask, other=-float("inf")).to(ACC)
-            larger = tl.maximum(maximum, tl.max(x, 0))
-            base = base_of(larger)
-            shifted = x - base[None, :]
-            factor = tl.exp(tl.where(maximum == larger, 0.0, maximum - base))
-            total = total * factor + tl.sum(tl.exp(shifted), 0)
-            maximum = larger
+            maximum, total, shifted = extended(maximum, total, x)
         if mass is not None:
             dense = None
             if probabilities is not None:
                 dense = probabilities + probability + (begin + c) * probability_channel
             q = dense_target(dense, weight, begin + c, mask, classes, SMOOTHING, ACC)
             if input is not None:
-                dot += mass * (before - base) + tl.sum(tl.where(mask, q * shifted, 0.0), 0)
+                dot += mass * (before - base_of(maximum)) + tl.sum(
+                    tl.where(mask, q * shifted, 0.0), 0
+                )
             mass += tl.sum(q, 0)
     if ROWS:
         largest, total = merged(maximum, total)
