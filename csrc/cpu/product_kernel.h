@@ -81,6 +81,13 @@ TORCHEXT_INLINE void product_tile(const ProductTile<scalar_t>& tile) {
   constexpr int kLanes = simd::kLanesOf<Isa, scalar_t>;
   using Value = simd::Vector<scalar_t, kLanes>;
   Value sum[kRows][2], total[kRows][2];
+  // Out's lines come while the sums are made: a store waits for its line, and those behind it for
+  // the store. 4096 x 64 by 64 x 784 2.6 ms, 3.0 without (2 cores of Zen 4, float32).
+#pragma GCC unroll 16
+  for (int i = 0; i < kRows; ++i) {
+    __builtin_prefetch(tile.out.at(i, 0), 1);
+    __builtin_prefetch(tile.out.at(i, std::min<int64_t>(kLanes, tile.columns - 1)), 1);
+  }
   const scalar_t *x = tile.strip.data, *y = tile.panel.data;
   const int64_t step = kUnit ? 1 : tile.strip.row_stride;
   const int64_t x_step = tile.strip.column_stride, y_step = tile.panel.row_stride;
