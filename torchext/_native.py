@@ -47,3 +47,8 @@ def simd_level() -> str:
     if cpu_missing:
         return "none"
     return _LEVELS[torch.ops.torchext.simd_level()]
+
+
+def multiplies_pairs() -> bool:
+    """Returns whether our own kernels make products of bfloat16 here (AVX512_BF16, not Intel's)."""
+    return not cpu_missing and torch.ops.torchext.multiplies_pairs()

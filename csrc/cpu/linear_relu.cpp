@@ -183,6 +183,15 @@ Tensor linear_relu_forward_cpu(const Tensor& input, const Tensor& weight,
   dispatch_floating(input.scalar_type(), "linear_relu", [&](auto zero) {
     using scalar_t = decltype(zero);
     BiasReluArgs<scalar_t> args{nullptr, nullptr, shape.out_features};
+    const Tensor matrix = as_matrix(input, shape.rows, shape.in_features);
+    cpu::Also also;
+    also.bias = bias ? &dense_bias : nullptr;
+    also.relu = true;
+    if (cpu::own_products<scalar_t>()) {
+      output = empty_like(input, sizes);
+      const Tensor product = as_matrix(output, shape.rows, shape.out_features);
+      if (cpu::own_product<scalar_t>(product, matrix, transposed(weight), also)) return;
+    }
     std::optional<Tensor> linear;
     if (bias) linear = cpu::linear_with_bias<scalar_t>(input, weight, dense_bias);
     if (linear) {
@@ -190,11 +199,6 @@ Tensor linear_relu_forward_cpu(const Tensor& input, const Tensor& weight,
     } else {
       output = empty_like(input, sizes);
       const Tensor product = as_matrix(output, shape.rows, shape.out_features);
-      const Tensor matrix = as_matrix(input, shape.rows, shape.in_features);
-      cpu::Also also;
-      also.bias = bias ? &dense_bias : nullptr;
-      also.relu = true;
-      if (cpu::own_product<scalar_t>(product, matrix, transposed(weight), also)) return;
       if (bias && sizeof(scalar_t) == 2) {
         // The product and the bias are rounded once, together, as eager rounds them.
         addmm_out(product, *bias, matrix, transposed(weight));

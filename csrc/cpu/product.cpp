@@ -110,7 +110,9 @@ int64_t panel_columns() {
 // 1024 x 1024 x 1024 445 and 208, 512 x 512 x 32000 400 and 200, 100 x 784 x 64 in one thread 217
 // and 100. With AVX2 alone ours and MKL's are even from there on. Where MKL has AVX-512 of its own
 // (Intel) large products stay with it.
-bool product_serves(int64_t multiplications) {
+template <typename scalar_t>
+bool product_serves(const Product<scalar_t>& product) {
+  const int64_t multiplications = product.rows * product.inner * product.columns;
   constexpr int64_t kSmall = int64_t{1} << 24;
   const simd::Level level = simd::level();
   if (level == simd::Level::kBaseline) return false;
@@ -198,6 +200,8 @@ void Product<scalar_t>::run_thin(int64_t shares) const {
                  [&](int64_t begin, int64_t end) { run_row<scalar_t>(row, begin, end); });
 }
 
+template bool product_serves(const Product<float>& product);
+template bool product_serves(const Product<double>& product);
 template void Product<float>::run() const;
 template void Product<double>::run() const;
 

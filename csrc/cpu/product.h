@@ -1,8 +1,11 @@
-// Matrix products in float32 and float64 of our own, for what the library is slow at: small ones,
-// and on processors whose AVX-512 it leaves unused, large ones too (`product_serves`).
+// Matrix products of our own, with what goes with them. In float32 and float64 for what the library
+// is slow at: small ones, and on processors whose AVX-512 it leaves unused, large ones too
+// (`product_serves`). In bfloat16 where the processor multiplies pairs (product_pairs.cpp).
 #pragma once
 
 #include <cstdint>
+
+#include <torch/headeronly/util/BFloat16.h>
 
 namespace torchext::cpu {
 
@@ -28,6 +31,7 @@ struct Product {
   const scalar_t* bias = nullptr;  // or null
   bool relu = false;
   // Threads share the rows, and a few columns after them: by what out's neighbours are used with.
+  // Of small products in float32 and float64.
   bool by_rows = false;
 
   void run() const;
@@ -36,7 +40,17 @@ struct Product {
   void run_thin(int64_t shares) const;
 };
 
-// Whether our own kernel takes products of so many multiplications on this machine.
-bool product_serves(int64_t multiplications);
+// Whether our own kernel takes a product on this machine: by its multiplications, in bfloat16 by
+// its strides.
+template <typename scalar_t>
+bool product_serves(const Product<scalar_t>& product);
+template <>
+bool product_serves(const Product<torch::headeronly::BFloat16>& product);
+template <>
+void Product<torch::headeronly::BFloat16>::run() const;
+
+// Whether this processor multiplies pairs of bfloat16, and none of the library's instructions is
+// faster.
+bool multiplies_pairs();
 
 }  // namespace torchext::cpu

@@ -2,15 +2,21 @@
 #include "cpu/simd.h"
 
 #include "common/stable.h"
+#include "cpu/product.h"
 
 namespace torchext {
 namespace {
 int64_t simd_level_cpu() { return static_cast<int64_t>(simd::level()); }
+bool multiplies_pairs_cpu() { return cpu::multiplies_pairs(); }
 }  // namespace
 }  // namespace torchext
 
-STABLE_TORCH_LIBRARY_FRAGMENT(torchext, m) { m.def("simd_level() -> int"); }
+STABLE_TORCH_LIBRARY_FRAGMENT(torchext, m) {
+  m.def("simd_level() -> int");
+  m.def("multiplies_pairs() -> bool");
+}
 
 STABLE_TORCH_LIBRARY_IMPL(torchext, CompositeExplicitAutograd, m) {
   m.impl("simd_level", TORCH_BOX(&torchext::simd_level_cpu));
+  m.impl("multiplies_pairs", TORCH_BOX(&torchext::multiplies_pairs_cpu));
 }

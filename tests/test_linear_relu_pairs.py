@@ -1,0 +1,86 @@
+"""linear_relu in bfloat16 by products of pairs (csrc/cpu/product_pairs.*), at all their paths."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+import torchext
+from torchext import _native, reference
+
+pytestmark = pytest.mark.skipif(
+    not _native.multiplies_pairs(), reason="no AVX512_BF16 here (or Intel's, the library's)"
+)
+
+# rows, in_features, out_features
+SHAPES = [
+    (1, 64, 40),  # a batch of one
+    (13, 62, 10),  # panels of one vector
+    (100, 784, 64),  # the left matrix in place
+    (301, 513, 70),  # odd sums: the library's forward, our weight gradient
+    (1030, 2200, 300),  # rows for all threads, sums of two visits, panels packed together
+    (700, 600, 1050),  # rows with panels of each thread's own
+    (4099, 96, 65),
+]
+
+
+def gradients(function: object, tensors: list[Tensor], upstream: Tensor) -> list[Tensor]:
+    leaves = [tensor.detach().requires_grad_() for tensor in tensors]
+    output = function(*leaves)  # type: ignore[operator]
+    return [output.detach(), *torch.autograd.grad(output, leaves, upstream)]
+
+
+def error(actual: Tensor, expected: Tensor) -> float:
+    return ((actual.double() - expected).norm() / expected.norm()).item()
+
+
+@pytest.mark.parametrize("strided", [False, True])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_no_larger_error_than_eagers(shape: tuple[int, int, int], strided: bool) -> None:
+    rows, inner, columns = shape
+    input = torch.randn(rows, inner, 2 if strided else 1).bfloat16()[..., 0]
+    weight = (torch.randn(columns, inner) / inner**0.5).bfloat16()
+    if strided:
+        weight = weight.t().contiguous().t()
+    bias, upstream = torch.randn(columns).bfloat16(), torch.randn(rows, columns).bfloat16()
+    tensors = [input, weight, bias]
+    ours = gradients(torchext.linear_relu, tensors, upstream)
+    eager = gradients(reference.linear_relu, tensors, upstream)
+    wide = [tensor.double() for tensor in tensors]
+    truth = gradients(reference.linear_relu, wide, upstream.double())
+    # Each gradient is that of the mask that the rounded output gives: near 0 it can be another one.
+    mask = (ours[0] > 0).double() * upstream.double()
+    own = [truth[0], mask @ wide[1], mask.t() @ wide[0], mask.sum(0)]
+    mask = (eager[0] > 0).double() * upstream.double()
+    stock = [truth[0], mask @ wide[1], mask.t() @ wide[0], mask.sum(0)]
+    for actual, expected, theirs, of_theirs in zip(ours, own, eager, stock, strict=True):
+        assert actual.dtype == torch.bfloat16
+        # Both round once: 2**-9 at the most of each element, and as much by chance of rounding.
+        assert error(actual, expected) <= max(error(theirs, of_theirs) * 1.05, 2**-9)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_what_is_not_finite(value: float) -> None:
+    input, weight = torch.randn(40, 100).bfloat16(), torch.randn(70, 100).bfloat16()
+    input[3, 5] = value
+    expected = reference.linear_relu(input, weight)
+    actual = torchext.linear_relu(input, weight)
+    torch.testing.assert_close(actual[3], expected[3], equal_nan=True)
+    assert actual.isfinite().all(1).sum() == 39
+
+
+def test_bits_of_pairs_are_not_read_as_numbers() -> None:
+    """Half of a pair may look like a float32 that is subnormal or no number."""
+    tiny, odd = (
+        torch.tensor([1e-39, 0.0, -0.0]).bfloat16(),
+        torch.tensor([1.0, 3.0, -5.0]).bfloat16(),
+    )
+    input = torch.stack([odd, tiny], -1).reshape(1, 6)  # tiny in the upper halves
+    weight = torch.ones(33, 6).bfloat16()
+    assert torch.set_flush_denormal(True)
+    try:
+        actual = torchext.linear_relu(-input, weight)
+    finally:
+        torch.set_flush_denormal(False)
+    assert torch.equal(actual, torch.ones(1, 33).bfloat16())
