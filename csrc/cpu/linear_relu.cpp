@@ -187,6 +187,7 @@ Tensor linear_relu_forward_cpu(const Tensor& input, const Tensor& weight,
     cpu::Also also;
     also.bias = bias ? &dense_bias : nullptr;
     also.relu = true;
+    also.pairs = true;
     if (cpu::own_products<scalar_t>()) {
       output = empty_like(input, sizes);
       const Tensor product = as_matrix(output, shape.rows, shape.out_features);
@@ -261,14 +262,15 @@ std::tuple<Tensor, Tensor, Tensor> linear_relu_backward_cpu(const Tensor& grad_o
 
   dispatch_floating(input.scalar_type(), "linear_relu", [&](auto zero) {
     using scalar_t = decltype(zero);
+    cpu::Also also;
+    also.pairs = true;
     if (input_grad && grad_input.numel() > 0) {
       cpu::multiply<scalar_t>(
           as_strided(grad_input, {rows, shape.in_features}, {shape.in_features, 1}), grad_linear,
-          weight);
+          weight, also);
     }
     if (weight_grad && grad_weight.numel() > 0) {
       // A thread meets the weight's rows here that it updates in the optimiser's step.
-      cpu::Also also;
       also.by_rows = true;
       cpu::multiply<scalar_t>(grad_weight, transposed(grad_linear),
                               as_matrix(input, rows, shape.in_features), also);
