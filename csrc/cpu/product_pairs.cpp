@@ -88,11 +88,16 @@ TORCHEXT_INLINE void run_pair_tasks(const PairTasks<scalar_t>& tasks, int64_t be
     const int64_t rows = share(p.rows, tasks.row_blocks, block + 1) - row_begin;
     const int64_t strips = divide_up(rows, kStrip);
     float* packed_left = tasks.pack_left ? scratch<float>(0, rows * pairs) : nullptr;
-    for (int64_t s = 0; packed_left && s < strips; ++s) {
-      const auto [first, last] = strip_rows(rows, strips, s);
-      pack_pairs<4>({p.left.at(row_begin + first, 2 * tasks.pair_begin), p.left.column_stride,
-                     p.left.row_stride},
-                    inner, last - first, packed_left + first * pairs, last - first);
+    // As the panels: along the rows of what is contiguous across.
+    const int64_t at_once = p.left.column_stride == 1 ? inner : kStepsAtOnce;
+    for (int64_t k = 0; packed_left && k < inner; k += at_once) {
+      for (int64_t s = 0; s < strips; ++s) {
+        const auto [first, last] = strip_rows(rows, strips, s);
+        pack_pairs<4>({p.left.at(row_begin + first, 2 * tasks.pair_begin + k), p.left.column_stride,
+                       p.left.row_stride},
+                      std::min(at_once, inner - k), last - first,
+                      packed_left + first * pairs + k / 2 * (last - first), last - first);
+      }
     }
     const int64_t panel_begin = tasks.panel_begin + share(panels, tasks.panel_groups, group);
     const int64_t panel_end = tasks.panel_begin + share(panels, tasks.panel_groups, group + 1);
