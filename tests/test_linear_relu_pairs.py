@@ -22,6 +22,8 @@ SHAPES = [
     (1030, 2200, 300),  # rows for all threads, sums of two visits, panels packed together
     (700, 600, 1050),  # rows with panels of each thread's own
     (4099, 96, 65),
+    (4200, 2100, 40),  # more rows than sums between visits are kept of
+    (20, 2100, 4200),  # and more columns
 ]
 
 

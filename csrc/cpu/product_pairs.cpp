@@ -19,8 +19,12 @@ constexpr int64_t kFewRows = 256;
 // matrix once a thread costs little.
 constexpr int64_t kFewRowsOfLongSums = 1024;
 constexpr int64_t kLongSum = 512;
-// Products of no more steps and no less of out (16 MiB) stay with the library: they are page
-// faults.
+// What bounds the sums between visits: 4096 rows times the panels of kPackedBytes, or 1024 rows
+// times these panels, 16 MiB each.
+constexpr int64_t kRowsOfSums = 4096;
+constexpr int64_t kPanelsOfSums = 128;
+// Gradients of weights over no more rows and with no less of out (16 MiB) stay with the library:
+// they are page faults. Not what a batch's rows give, which would depend on how many they are.
 constexpr int64_t kShortSum = 64;
 constexpr int64_t kLargeOut = int64_t{1} << 23;
 // Numbers of panels that stay in the second cache while strips come and go.
@@ -45,7 +49,7 @@ struct PairTasks {
   int64_t pair_begin, pair_end;
   float* packed;  // the panels, or null where each task packs its own
   bool pack_left;
-  Matrix<float> sums;  // see PairTile
+  Matrix<float> sums;  // see PairTile: of all rows, and of the panels
 };
 
 // Panels [begin, end) of one visit's inner steps. Where rows are contiguous, a few of them at a
@@ -112,7 +116,10 @@ TORCHEXT_INLINE void run_pair_tasks(const PairTasks<scalar_t>& tasks, int64_t be
       tile.columns = std::min<int64_t>(kPanel, p.columns - column);
       tile.bias = p.bias ? p.bias + column : nullptr;
       tile.out = {p.out.at(row, column), p.out.row_stride, 1};
-      if (tasks.sums.data) tile.sums = {tasks.sums.at(row, column), tasks.sums.row_stride, 1};
+      if (tasks.sums.data) {
+        const int64_t here = column - tasks.panel_begin * kPanel;
+        tile.sums = {tasks.sums.at(row, here), tasks.sums.row_stride, 1};
+      }
       if (packed_left) {
         tile.strip = {packed_left + first * pairs, 1, last - first};
         run_pair_tile<true>(tile, last - first);
@@ -184,22 +191,31 @@ bool product_serves(const Product<BFloat16>& product) {
 
 template <>
 void Product<BFloat16>::run() const {
+  if (rows == 0 || columns == 0) return;
   const int64_t panels = divide_up(columns, kPanel), pairs = divide_up(inner, 2);
   const auto threads = static_cast<int64_t>(torch::stable::get_num_threads());
   const int64_t shares = std::clamp<int64_t>(rows * inner * columns / kGrain, 1, threads);
   const int64_t visits = std::max<int64_t>(1, divide_up(pairs, kPairsOfVisit));
   const int64_t longest = divide_up(pairs, visits);
+  if (visits > 1 && rows > kRowsOfSums) {
+    for (int64_t begin = 0; begin < rows; begin += kRowsOfSums) {
+      Product part = *this;
+      part.out.data = out.at(begin, 0);
+      part.left.data = left.at(begin, 0);
+      part.rows = std::min(kRowsOfSums, rows - begin);
+      part.run();
+    }
+    return;
+  }
   int64_t at_once = std::clamp<int64_t>(
       kPackedBytes / std::max<int64_t>(1, longest * kPanel * int64_t{sizeof(float)}), 1, panels);
-  std::vector<float> sums(visits > 1 ? rows * panels * kPanel : 0);
   PairTasks<float> tasks{};
   tasks.product = this;
-  if (visits > 1) tasks.sums = {sums.data(), panels * kPanel, 1};
   const bool in_place = left.column_stride == 1 && inner % 2 == 0 && left.row_stride % 2 == 0;
   const int64_t few =
       inner >= kLongSum && panels >= kPackLeft * shares ? kFewRowsOfLongSums : kFewRows;
   if (rows <= few) {
-    at_once = panels;
+    at_once = visits > 1 ? std::min(panels, std::max(kPanelsOfSums, kPackLeft * shares)) : panels;
     tasks.panel_groups = std::min(panels, shares);
     tasks.row_blocks = std::min(rows, divide_up(shares, tasks.panel_groups));
   } else {
@@ -207,6 +223,8 @@ void Product<BFloat16>::run() const {
     tasks.panel_groups = 1;
     tasks.row_blocks = std::min(rows, divide_up(divide_up(rows, kBlockRows), shares) * shares);
   }
+  std::vector<float> sums(visits > 1 ? rows * at_once * kPanel : 0);
+  if (visits > 1) tasks.sums = {sums.data(), at_once * kPanel, 1};
   tasks.pack_left = !in_place || panels / tasks.panel_groups >= kPackLeft;
   const int64_t count = tasks.row_blocks * tasks.panel_groups;
   for (int64_t first = 0; first < panels; first += at_once) {
