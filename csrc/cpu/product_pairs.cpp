@@ -168,7 +168,7 @@ TORCHEXT_SIMD_FUNCTION(run_pairs, run_pair_tasks, PairTasks)
 }  // namespace
 
 // Measured on Zen 4 (2 cores), forward and backward of linear_relu against the bare products of
-// oneDNN: 1024 x 1024 x 1024 1.02 (1.05 by oneDNN's products), 4096 x 784 x 64 1.04 (1.09). Not on
+// oneDNN: 1024 x 1024 x 1024 1.03 (1.06 by oneDNN's products), 4096 x 784 x 64 1.00 (1.09). Not on
 // Intel's, whose library has matrices in hardware (AMX).
 bool multiplies_pairs() {
 #if defined(__x86_64__)
