@@ -24,6 +24,8 @@ using simd::Vector;
 constexpr int64_t kRowsPerBlock = 64;
 // Elements below which another thread costs more than it saves.
 constexpr int64_t kGrain = 32768;
+// Multiplications from which on `linear_with_bias` is asked.
+constexpr int64_t kLinearWithBias = int64_t{1} << 15;
 
 // Of a register of bfloat16 or float16 as bits: all ones where a value is negative and no NaN.
 template <typename scalar_t, typename Bits>
@@ -194,7 +196,11 @@ Tensor linear_relu_forward_cpu(const Tensor& input, const Tensor& weight,
       if (cpu::own_product<scalar_t>(product, matrix, transposed(weight), also)) return;
     }
     std::optional<Tensor> linear;
-    if (bias) linear = cpu::linear_with_bias<scalar_t>(input, weight, dense_bias);
+    // Its call costs 12 us, addmm's copy of the bias less where there is little of it.
+    const int64_t multiplications = shape.rows * shape.in_features * shape.out_features;
+    if (bias && multiplications >= kLinearWithBias) {
+      linear = cpu::linear_with_bias<scalar_t>(input, weight, dense_bias);
+    }
     if (linear) {
       output = *linear;
     } else {
