@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor
@@ -27,9 +29,11 @@ SHAPES = [
 ]
 
 
-def gradients(function: object, tensors: list[Tensor], upstream: Tensor) -> list[Tensor]:
+def gradients(
+    function: Callable[..., Tensor], tensors: list[Tensor], upstream: Tensor
+) -> list[Tensor]:
     leaves = [tensor.detach().requires_grad_() for tensor in tensors]
-    output = function(*leaves)  # type: ignore[operator]
+    output = function(*leaves)
     return [output.detach(), *torch.autograd.grad(output, leaves, upstream)]
 
 

@@ -204,7 +204,7 @@ Tensor linear_relu_forward_cpu(const Tensor& input, const Tensor& weight,
     if (linear) {
       output = *linear;
     } else {
-      output = empty_like(input, sizes);
+      if (!output.defined()) output = empty_like(input, sizes);
       const Tensor product = as_matrix(output, shape.rows, shape.out_features);
       if (bias && sizeof(scalar_t) == 2) {
         // The product and the bias are rounded once, together, as eager rounds them.
