@@ -106,7 +106,7 @@ TORCHEXT_INLINE void product_tile(const ProductTile<scalar_t>& tile) {
       // Four rows from one address: x86 adds once, twice or three times a register for nothing.
 #pragma GCC unroll 16
       for (int i = 0; i < kRows; ++i) {
-        const Value value = Value{} + (x + i / 4 * 4 * step)[i % 4 * step];
+        const auto value = simd::broadcast<Value>((x + i / 4 * 4 * step) + i % 4 * step);
         sum[i][0] += value * left;
         sum[i][1] += value * right;
       }

@@ -70,7 +70,8 @@ TORCHEXT_INLINE void pair_tile(const PairTile& tile) {
     }
 #pragma GCC unroll 16
     for (int i = 0; i < kRows; ++i) {
-      const Pairs pairs = Pairs{} + std::bit_cast<uint32_t>((x + i / 4 * 4 * step)[i % 4 * step]);
+      const auto row = simd::broadcast<Value>((x + i / 4 * 4 * step) + i % 4 * step);
+      const auto pairs = simd::bits_as<Pairs>(row);
 #pragma GCC unroll 2
       for (int part = 0; part < kVectors; ++part) {
         sum[i][part] = add_products(sum[i][part], pairs, vectors[part]);

@@ -51,7 +51,7 @@ struct ColumnsOfRow {
     transpose_square(turned);
 #pragma GCC unroll 16
     for (int l = 0; l < kLanes; ++l) {
-      if (l >= skipped) sum += (Value{} + x[k + l]) * turned[l];
+      if (l >= skipped) sum += simd::broadcast<Value>(x + k + l) * turned[l];
     }
   }
 };
@@ -63,6 +63,7 @@ inline constexpr int kWide = 8;
 template <int kLanes, typename scalar_t>
 TORCHEXT_INLINE void row_panel(const Product<scalar_t>& p, int64_t column, int64_t begin,
                                int64_t end, simd::Vector<scalar_t, kLanes>* sum) {
+  using Value = simd::Vector<scalar_t, kLanes>;
   const scalar_t *x = p.left.data, *from = p.right.at(0, column);
   const int64_t count = std::min<int64_t>(2 * kLanes, p.columns - column);
   const int64_t row = p.right.row_stride, stride = p.right.column_stride;
@@ -83,8 +84,8 @@ TORCHEXT_INLINE void row_panel(const Product<scalar_t>& p, int64_t column, int64
   for (; k < end; ++k) {
     scalar_t values[2 * kLanes] = {};
     for (int64_t j = 0; j < count; ++j) values[j] = from[j * stride + k * row];
-    sum[0] += (simd::Vector<scalar_t, kLanes>{} + x[k]) * simd::load<kLanes>(values);
-    sum[1] += (simd::Vector<scalar_t, kLanes>{} + x[k]) * simd::load<kLanes>(values + kLanes);
+    sum[0] += simd::broadcast<Value>(x + k) * simd::load<kLanes>(values);
+    sum[1] += simd::broadcast<Value>(x + k) * simd::load<kLanes>(values + kLanes);
   }
 }
 
@@ -95,7 +96,7 @@ TORCHEXT_INLINE void row_wide(const Product<scalar_t>& p, int64_t column, int64_
   using Value = simd::Vector<scalar_t, kLanes>;
   const scalar_t* from = p.right.at(begin, column);
   for (int64_t k = begin; k < end; ++k, from += p.right.row_stride) {
-    const Value x = Value{} + p.left.data[k];
+    const auto x = simd::broadcast<Value>(p.left.data + k);
 #pragma GCC unroll 8
     for (int i = 0; i < kWide; ++i) sum[i] += x * simd::load<kLanes>(from + i * kLanes);
   }
@@ -144,7 +145,7 @@ TORCHEXT_INLINE void outer_rows(const Product<scalar_t>& p, int64_t begin, int64
   constexpr int kLanes = simd::kLanesOf<Isa, scalar_t>;
   using Value = simd::Vector<scalar_t, kLanes>;
   for (int64_t row = begin; row < end; ++row) {
-    const Value x = Value{} + *p.left.at(row, 0);
+    const auto x = simd::broadcast<Value>(p.left.at(row, 0));
     const scalar_t* y = p.right.data;
     int64_t column = 0;
     if (!p.bias && !p.relu && !p.accumulate) {

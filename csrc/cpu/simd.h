@@ -141,6 +141,24 @@ TORCHEXT_INLINE void store_raw(T* pointer, Bits value) {
   __builtin_memcpy(pointer, &value, sizeof(value));
 }
 
+// What stands in memory, in all lanes of `Value`. Assembly: of `Value{} + *from` GCC makes a
+// broadcast of a register, for which Intel's processors have the port of every second
+// multiplication. 256 x 256 x 256 takes 417 us so and 205 us from memory (float32, one core).
+template <typename Value, typename T>
+TORCHEXT_INLINE Value broadcast(const T* from) {
+#if defined(__x86_64__)
+  Value value;
+  if constexpr (sizeof(Value) > 16 && sizeof(T) == 4) {
+    asm("vbroadcastss %1, %0" : "=v"(value) : "m"(*from));
+    return value;
+  } else if constexpr (sizeof(Value) > 16 && sizeof(T) == 8) {
+    asm("vbroadcastsd %1, %0" : "=v"(value) : "m"(*from));
+    return value;
+  }
+#endif
+  return Value{} + *from;
+}
+
 // IEEE half to float and back on integers, branch-free (the subnormals by one exact subtraction).
 template <int kLanes>
 TORCHEXT_INLINE Vector<float, kLanes> half_to_float(Vector<uint32_t, kLanes> half) {
