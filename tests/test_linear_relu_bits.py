@@ -16,10 +16,14 @@ pytestmark = pytest.mark.skipif(
 # rows, in_features, out_features: blocks of rows, of features and of both, each with a rest.
 SHAPES = [(100, 784, 64), (7, 300, 33), (301, 513, 70), (130, 20, 4200)]
 CASES = [(dtype, shape) for dtype in (torch.float32, torch.float64) for shape in SHAPES]
-if _native.multiplies_pairs():
-    # Even sums alone: others are the library's. The last is one of several visits.
-    even = [(100, 784, 64), (7, 300, 34), (301, 514, 70), (70, 4100, 520), (1030, 600, 258)]
-    CASES += [(torch.bfloat16, shape) for shape in even]
+# The last ones are of several visits of out, and of several pieces.
+MORE = [(70, 4100, 520), (1030, 600, 258), (1100, 2050, 40), (20, 2050, 4200)]
+for narrow in (torch.bfloat16, torch.float16):
+    if narrow == torch.bfloat16 and _native.multiplies_pairs():
+        even = [(100, 784, 64), (7, 300, 34), (301, 514, 70)]  # odd sums are the library's
+        CASES += [(narrow, shape) for shape in even + MORE]
+    elif _native.own_products(narrow):
+        CASES += [(narrow, shape) for shape in SHAPES + MORE]
 
 
 def results(input: Tensor, weight: Tensor, bias: Tensor, upstream: Tensor) -> list[Tensor]:

@@ -50,5 +50,10 @@ def simd_level() -> str:
 
 
 def multiplies_pairs() -> bool:
-    """Returns whether our own kernels make products of bfloat16 here (AVX512_BF16, not Intel's)."""
+    """Returns whether bfloat16 is multiplied by pairs here (AVX512_BF16, not Intel's)."""
     return not cpu_missing and torch.ops.torchext.multiplies_pairs()
+
+
+def own_products(dtype: torch.dtype) -> bool:
+    """Returns whether our own kernel, without pairs, makes large products of this dtype here."""
+    return not cpu_missing and torch.ops.torchext.own_products(torch.empty(0, dtype=dtype))

@@ -69,50 +69,38 @@ struct Also {
   bool pairs = false;
 };
 
-// Whether there is a kernel of our own for some products of this dtype here. float16's products
-// round as the library does: they stay with it.
-template <typename scalar_t>
-bool own_products() {
-  if constexpr (std::is_same_v<scalar_t, simd::BFloat16>) return multiplies_pairs();
-  return !std::is_same_v<scalar_t, simd::Half> && simd::level() != simd::Level::kBaseline;
-}
-
 // out = left @ right and what goes with it, by our own kernel where it serves the call
 // (product.cpp, product_pairs.cpp) and measured faster than the library's; returns whether it did.
 // Otherwise nothing has happened.
 template <typename scalar_t>
 bool own_product(const Tensor& out, const Tensor& left, const Tensor& right,
                  const Also& also = {}) {
-  constexpr bool kPairs = std::is_same_v<scalar_t, simd::BFloat16>;
-  if constexpr (std::is_same_v<scalar_t, simd::Half>) {
-    return false;
-  } else {
-    if (out.stride(1) != 1 || (kPairs && !also.pairs)) return false;
-    Product<scalar_t> product{};
-    product.out = {static_cast<scalar_t*>(out.mutable_data_ptr()), out.stride(0), 1};
-    const auto matrix = [](const Tensor& x) {
-      return Matrix<const scalar_t>{static_cast<const scalar_t*>(x.const_data_ptr()), x.stride(0),
-                                    x.stride(1)};
-    };
-    Tensor copy;
-    product.left = matrix(left);
-    if (kPairs && left.stride(0) != 1 && left.stride(1) != 1) {
-      copy = as_contiguous(left);  // pairs must be side by side, or rows
-      product.left = matrix(copy);
-    }
-    product.right = matrix(right);
-    product.rows = left.size(0);
-    product.inner = left.size(1);
-    product.columns = right.size(1);
-    product.accumulate = also.accumulate;
-    const Tensor bias = also.bias ? as_contiguous(*also.bias) : Tensor();
-    if (also.bias) product.bias = static_cast<const scalar_t*>(bias.const_data_ptr());
-    product.relu = also.relu;
-    product.by_rows = also.by_rows;
-    if (!product_serves(product)) return false;
-    product.run();
-    return true;
+  if (out.stride(1) != 1) return false;
+  Product<scalar_t> product{};
+  product.out = {static_cast<scalar_t*>(out.mutable_data_ptr()), out.stride(0), 1};
+  const auto matrix = [](const Tensor& x) {
+    return Matrix<const scalar_t>{static_cast<const scalar_t*>(x.const_data_ptr()), x.stride(0),
+                                  x.stride(1)};
+  };
+  Tensor copy;
+  product.left = matrix(left);
+  product.by_pairs = also.pairs && std::is_same_v<scalar_t, simd::BFloat16> && multiplies_pairs();
+  if (product.by_pairs && left.stride(0) != 1 && left.stride(1) != 1) {
+    copy = as_contiguous(left);  // pairs must be side by side, or rows
+    product.left = matrix(copy);
   }
+  product.right = matrix(right);
+  product.rows = left.size(0);
+  product.inner = left.size(1);
+  product.columns = right.size(1);
+  product.accumulate = also.accumulate;
+  const Tensor bias = also.bias ? as_contiguous(*also.bias) : Tensor();
+  if (also.bias) product.bias = static_cast<const scalar_t*>(bias.const_data_ptr());
+  product.relu = also.relu;
+  product.by_rows = also.by_rows;
+  if (!product_serves(product)) return false;
+  product.run();
+  return true;
 }
 
 // out = left @ right and what goes with it (no ReLU), by whichever is faster.

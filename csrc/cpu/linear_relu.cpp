@@ -190,14 +190,14 @@ Tensor linear_relu_forward_cpu(const Tensor& input, const Tensor& weight,
     also.bias = bias ? &dense_bias : nullptr;
     also.relu = true;
     also.pairs = true;
-    if (cpu::own_products<scalar_t>()) {
+    const int64_t multiplications = shape.rows * shape.in_features * shape.out_features;
+    if (cpu::product_may_serve<scalar_t>(multiplications)) {
       output = empty_like(input, sizes);
       const Tensor product = as_matrix(output, shape.rows, shape.out_features);
       if (cpu::own_product<scalar_t>(product, matrix, transposed(weight), also)) return;
     }
     std::optional<Tensor> linear;
     // Its call costs 12 us, addmm's copy of the bias less where there is little of it.
-    const int64_t multiplications = shape.rows * shape.in_features * shape.out_features;
     if (bias && multiplications >= kLinearWithBias) {
       linear = cpu::linear_with_bias<scalar_t>(input, weight, dense_bias);
     }

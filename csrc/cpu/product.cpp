@@ -1,6 +1,10 @@
 // Products of our own: how one is shared out, and what is packed when.
 #include "cpu/product.h"
 
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+
 #include <algorithm>
 
 #include "cpu/dispatch.h"
@@ -15,6 +19,8 @@ namespace {
 constexpr int64_t kFewRows = 128;
 // Rows of a block otherwise: packed, they stay in the second cache.
 constexpr int64_t kBlockRows = 96;
+// Rows or columns of a thread from which on it packs its own panels.
+constexpr int64_t kOwnShare = 128;
 // Steps of an inner dimension up to which threads may share rows (`Product::by_rows`): then each of
 // them packs the whole right matrix.
 constexpr int64_t kByRowsInner = 512;
@@ -25,10 +31,18 @@ constexpr int64_t kPackLeft = 8;
 // 8.3 where it stands.
 constexpr int64_t kPackLeftCrowded = 5;
 constexpr int64_t kCrowdedBytes = 4096;
+// Rows from which on our kernel is taken in place of MKL's AVX-512 where the right matrix has few
+// bytes: 4096 x 784 by 784 x 64 0.80 of its time, 4096 x 64 by 64 x 784 0.98, 2048 x 256 by 256 x
+// 256 1.05 to 1.12 (2 cores of an Intel Xeon of family 6, model 207, float32).
+constexpr int64_t kManyRows = 512;
+constexpr int64_t kShortRight = int64_t{256} << 10;
 // Bytes of panels that are packed at once.
 constexpr int64_t kPackedBytes = int64_t{4} << 20;
 // Bytes between the first and the last row of panels that are read where they stand.
 constexpr int64_t kDirectBytes = int64_t{512} << 10;
+// Rows and columns up to which the sums between visits of bfloat16 and float16 are kept: 16 MiB.
+constexpr int64_t kRowsOfSums = 1024;
+constexpr int64_t kColumnsOfSums = 4096;
 // Multiplications below which another thread costs more than it saves.
 constexpr int64_t kGrain = int64_t{1} << 18;
 // Of a batch of one, where each reads an element from memory.
@@ -40,14 +54,15 @@ struct Tasks {
   int64_t row_blocks, panel_groups;  // a task is one of both
   int64_t panel_begin, panel_end;    // shared by the groups
   int64_t visit_begin, visit_end;    // of out, one after the other
-  scalar_t* packed;                  // the panels of one visit, or null
+  acc_type<scalar_t>* packed;        // the panels of one visit, or null
   bool pack_left, pack_right;
+  Matrix<acc_type<scalar_t>> sums;  // see ProductBlock
 };
 
 template <class Isa, typename scalar_t>
 TORCHEXT_INLINE void run_tasks(const Tasks<scalar_t>& tasks, int64_t begin, int64_t end) {
   const Product<scalar_t>& p = *tasks.product;
-  const Parts<scalar_t> parts(p.inner);
+  const Parts<acc_type<scalar_t>> parts(p.inner);
   for (int64_t task = begin; task < end; ++task) {
     const int64_t rows = task / tasks.panel_groups, group = task % tasks.panel_groups;
     const int64_t panels = tasks.panel_end - tasks.panel_begin;
@@ -59,6 +74,7 @@ TORCHEXT_INLINE void run_tasks(const Tasks<scalar_t>& tasks, int64_t begin, int6
     block.panel_end = tasks.panel_begin + share(panels, tasks.panel_groups, group + 1);
     block.pack_left = tasks.pack_left;
     block.pack_right = tasks.pack_right;
+    block.sums = tasks.sums;
     for (int64_t visit = tasks.visit_begin; visit < tasks.visit_end; ++visit) {
       block.visit = visit;
       if (tasks.packed) {
@@ -77,19 +93,19 @@ template <class Isa, typename scalar_t>
 TORCHEXT_INLINE void pack_panels(const Tasks<scalar_t>& tasks, int64_t begin, int64_t end) {
   constexpr int kPanel = kPanelOf<Isa, scalar_t>;
   const Product<scalar_t>& p = *tasks.product;
-  const Parts<scalar_t> parts(p.inner);
+  const Parts<acc_type<scalar_t>> parts(p.inner);
   const int64_t from = parts.begin_of_visit(tasks.visit_begin);
   const int64_t inner = parts.begin_of_visit(tasks.visit_end) - from;
   for (int64_t i = begin; i < end; ++i) {
     const int64_t column = (tasks.panel_begin + i) * kPanel;
-    pack_panel<Isa>({p.right.at(from, column), p.right.row_stride, p.right.column_stride}, inner,
-                    std::min<int64_t>(kPanel, p.columns - column),
-                    tasks.packed + i * inner * kPanel);
+    pack_panel<Isa, scalar_t>({p.right.at(from, column), p.right.row_stride, p.right.column_stride},
+                              inner, std::min<int64_t>(kPanel, p.columns - column),
+                              tasks.packed + i * inner * kPanel);
   }
 }
 TORCHEXT_SIMD_FUNCTION(pack_right, pack_panels, Tasks)
 
-TORCHEXT_SIMD_FUNCTION(run_row, row_panels, Product)
+TORCHEXT_SIMD_FUNCTION(run_row, row_panels, RowProduct)
 TORCHEXT_SIMD_FUNCTION(run_outer, outer_rows, Product)
 
 template <typename scalar_t>
@@ -104,71 +120,55 @@ int64_t panel_columns() {
   }
 }
 
-}  // namespace
-
-// Measured on Zen 5 (2 cores, float32, GFLOP/s of ours and of MKL 2024.2, which takes AVX2 there):
-// 1024 x 1024 x 1024 445 and 208, 512 x 512 x 32000 400 and 200, 100 x 784 x 64 in one thread 217
-// and 100. With AVX2 alone ours and MKL's are even from there on. Where MKL has AVX-512 of its own
-// (Intel) large products stay with it.
+// Whether the library multiplies these 16-bit numbers by instructions of their own: what it does
+// without them, or oneDNN in their place, is slower than float32.
 template <typename scalar_t>
-bool product_serves(const Product<scalar_t>& product) {
-  const int64_t multiplications = product.rows * product.inner * product.columns;
-  constexpr int64_t kSmall = int64_t{1} << 24;
-  const simd::Level level = simd::level();
-  if (level == simd::Level::kBaseline) return false;
-  if (multiplications <= kSmall) return true;
+bool library_multiplies() {
 #if defined(__x86_64__)
-  static const bool intel = __builtin_cpu_is("intel");
-  return level == simd::Level::kAvx512 && !intel;
+  if constexpr (std::is_same_v<scalar_t, simd::BFloat16>) {
+    static const bool here = __builtin_cpu_supports("avx512bf16");
+    return here;
+  }
+  static const bool here = [] {
+    unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
+    constexpr unsigned kAvx512Fp16 = 1u << 23;
+    return __get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) && (edx & kAvx512Fp16) != 0;
+  }();
+  return here;
 #else
-  return false;
+  return true;
 #endif
 }
 
+// Multiplications up to which our kernel without pairs is always taken: for narrow numbers that the
+// library has instructions for, what its call costs; else what it is slow at.
 template <typename scalar_t>
-void Product<scalar_t>::run() const {
-  if (rows == 0 || columns == 0) return;
-  const int64_t panels = divide_up(columns, panel_columns<scalar_t>());
-  const auto threads = static_cast<int64_t>(torch::stable::get_num_threads());
-  const int64_t shares = std::clamp<int64_t>(rows * inner * columns / kGrain, 1, threads);
-  if (rows == 1 || (inner == 1 && right.column_stride == 1)) {
-    return run_thin(std::clamp<int64_t>(rows * inner * columns / kThinGrain, 1, threads));
-  }
-  const Parts<scalar_t> parts(inner);
-  const bool direct =
-      right.column_stride == 1 &&
-      parts.longest() * right.row_stride * int64_t{sizeof(scalar_t)} <= kDirectBytes;
-  Tasks<scalar_t> tasks{this, 1, 1, 0, panels, 0, parts.visits, nullptr, false, !direct};
-  if (rows <= kFewRows || direct) {
-    if (by_rows && rows >= shares && inner <= kByRowsInner) {
-      tasks.row_blocks = std::max(shares, divide_up(rows, kFewRows));
-    } else {
-      tasks.panel_groups = std::min(panels, shares);
-      tasks.row_blocks = std::max(divide_up(shares, tasks.panel_groups), divide_up(rows, kFewRows));
-    }
-    tasks.pack_left = panels / tasks.panel_groups >= kPackLeft;
-    const int64_t count = tasks.row_blocks * tasks.panel_groups;
-    for_each_block(count, divide_up(count, shares),
-                   [&](int64_t begin, int64_t end) { run_product<scalar_t>(tasks, begin, end); });
-    return;
-  }
-  const int64_t wide = panel_columns<scalar_t>();
+constexpr int64_t kSmall = int64_t{1} << (sizeof(scalar_t) == 2 ? 18 : 24);
+
+// Blocks of rows times panels that are packed together, by as many threads as there are shares.
+template <typename scalar_t>
+void run_packed(Tasks<scalar_t> tasks, int64_t shares) {
+  using acc_t = acc_type<scalar_t>;
+  const Product<scalar_t>& p = *tasks.product;
+  const Parts<acc_t> parts(p.inner);
+  const int64_t panel_begin = tasks.panel_begin, panel_end = tasks.panel_end;
+  const int64_t panels = panel_end - panel_begin, wide = panel_columns<scalar_t>();
   const int64_t at_once =
-      std::max<int64_t>(1, kPackedBytes / (parts.longest() * wide * int64_t{sizeof(scalar_t)}));
-  tasks.packed = scratch<scalar_t>(2, std::min(panels, at_once) * parts.longest() * wide);
-  const bool crowded = left.row_stride * int64_t{sizeof(scalar_t)} % kCrowdedBytes == 0;
+      std::max<int64_t>(1, kPackedBytes / (parts.longest() * wide * int64_t{sizeof(acc_t)}));
+  tasks.packed = scratch<acc_t>(2, std::min(panels, at_once) * parts.longest() * wide);
+  const bool crowded = p.left.row_stride * int64_t{sizeof(scalar_t)} % kCrowdedBytes == 0;
   tasks.pack_left = panels >= (crowded ? kPackLeftCrowded : kPackLeft);
-  tasks.row_blocks = divide_up(rows, kBlockRows);
-  for (int64_t first = 0; first < panels; first += at_once) {
+  tasks.row_blocks = divide_up(p.rows, kBlockRows);
+  for (int64_t first = panel_begin; first < panel_end; first += at_once) {
     tasks.panel_begin = first;
-    tasks.panel_end = std::min(panels, first + at_once);
+    tasks.panel_end = std::min(panel_end, first + at_once);
     const int64_t here = tasks.panel_end - first;
     // Few tasks: as many for each thread.
     int64_t groups = divide_up(4 * shares, tasks.row_blocks);
     if (tasks.row_blocks * groups < 16 * shares && tasks.row_blocks % shares != 0) {
       groups = divide_up(groups, shares) * shares;
     }
-    tasks.panel_groups = std::clamp<int64_t>(groups, 1, here);
+    tasks.panel_groups = shares == 1 ? 1 : std::clamp<int64_t>(groups, 1, here);
     const int64_t count = tasks.row_blocks * tasks.panel_groups;
     for (int64_t visit = 0; visit < parts.visits; ++visit) {
       tasks.visit_begin = visit;
@@ -181,6 +181,133 @@ void Product<scalar_t>::run() const {
   }
 }
 
+}  // namespace
+
+// In float32 and float64: measured on Zen 5 (2 cores, float32, GFLOP/s of ours and of MKL 2024.2,
+// which takes AVX2 there): 1024 x 1024 x 1024 445 and 208, 512 x 512 x 32000 400 and 200,
+// 100 x 784 x 64 in one thread 217 and 100. With AVX2 alone ours and MKL's are even from there on.
+// Where MKL has AVX-512 of its own (Intel) most large products stay with it (see kManyRows):
+// 4096 x 1024 x 1024 takes 1.06 of its time by ours.
+//
+// In bfloat16 and float16 where the library has no instructions for them (GFLOP/s of ours and of
+// its for 1024 x 784 x 64, its input's and its weight's gradient, 2 cores of an Intel Xeon of
+// family 6, model 207, without AVX512_BF16 and AVX512_FP16): bfloat16 237, 233, 239 and 60, 59, 59;
+// float16 220, 159, 178 and 28, 2.4, 3.5.
+template <typename scalar_t>
+bool all_products_serve() {
+  if (simd::level() == simd::Level::kBaseline) return false;
+  if constexpr (sizeof(scalar_t) == 2) return !library_multiplies<scalar_t>();
+#if defined(__x86_64__)
+  static const bool intel = __builtin_cpu_is("intel");
+  return simd::level() == simd::Level::kAvx512 && !intel;
+#else
+  return false;
+#endif
+}
+
+template <typename scalar_t>
+bool product_may_serve(int64_t multiplications) {
+  if (simd::level() == simd::Level::kBaseline) return false;
+  if (multiplications <= kSmall<scalar_t> || all_products_serve<scalar_t>()) return true;
+  if constexpr (std::is_same_v<scalar_t, simd::BFloat16>) return multiplies_pairs();
+  return sizeof(scalar_t) != 2 && simd::level() == simd::Level::kAvx512;
+}
+
+template <typename scalar_t>
+bool product_serves(const Product<scalar_t>& product) {
+  const int64_t multiplications = product.rows * product.inner * product.columns;
+  if (!product_may_serve<scalar_t>(multiplications)) return false;
+  if constexpr (std::is_same_v<scalar_t, simd::BFloat16>) {
+    if (pairs_serve(product)) return true;
+  }
+  if (sizeof(scalar_t) == 2 && product.accumulate) return false;
+  if (multiplications <= kSmall<scalar_t> || all_products_serve<scalar_t>()) return true;
+  // Of MKL's AVX-512.
+  constexpr int64_t kBytes = sizeof(scalar_t);
+  return kBytes > 2 && product.rows >= kManyRows &&
+         product.inner * product.columns * kBytes < kShortRight;
+}
+
+template <typename scalar_t>
+void Product<scalar_t>::run() const {
+  using acc_t = acc_type<scalar_t>;
+  constexpr bool kNarrow = !std::is_same_v<scalar_t, acc_t>;
+  if (rows == 0 || columns == 0) return;
+  if constexpr (std::is_same_v<scalar_t, simd::BFloat16>) {
+    if (pairs_serve(*this)) return run_as_pairs();
+  }
+  const Parts<acc_t> parts(inner);
+  const bool keeps_sums = kNarrow && parts.visits > 1;
+  if (keeps_sums && (rows > kRowsOfSums || columns > kColumnsOfSums)) return run_in_pieces();
+  const int64_t wide = panel_columns<scalar_t>();
+  const int64_t panels = divide_up(columns, wide);
+  const auto threads = static_cast<int64_t>(torch::stable::get_num_threads());
+  const int64_t shares = std::clamp<int64_t>(rows * inner * columns / kGrain, 1, threads);
+  if (rows == 1 || (inner == 1 && right.column_stride == 1)) {
+    return run_thin(std::clamp<int64_t>(rows * inner * columns / kThinGrain, 1, threads));
+  }
+  const bool direct =
+      !kNarrow && right.column_stride == 1 &&
+      parts.longest() * right.row_stride * int64_t{sizeof(scalar_t)} <= kDirectBytes;
+  Tasks<scalar_t> tasks{this, 1, 1, 0, panels, 0, parts.visits, nullptr, false, !direct, {}};
+  std::vector<acc_t> sums(keeps_sums ? rows * panels * wide : 0);
+  tasks.sums = {keeps_sums ? sums.data() : nullptr, panels * wide, 1};
+  if (rows <= kFewRows) {
+    if (by_rows && rows >= shares && inner <= kByRowsInner) {
+      tasks.row_blocks = std::max(shares, divide_up(rows, kFewRows));
+    } else {
+      tasks.panel_groups = std::min(panels, shares);
+      tasks.row_blocks = std::max(divide_up(shares, tasks.panel_groups), divide_up(rows, kFewRows));
+    }
+    tasks.pack_left = panels / tasks.panel_groups >= kPackLeft;
+    const int64_t count = tasks.row_blocks * tasks.panel_groups;
+    for_each_block(count, divide_up(count, shares),
+                   [&](int64_t begin, int64_t end) { run_product<scalar_t>(tasks, begin, end); });
+    return;
+  }
+  // Where every thread has enough of its own, it packs for itself: what another one has packed
+  // comes from that core's cache. Of the two matrices, all threads read the smaller one.
+  const bool rows_shared = rows > columns;
+  const int64_t of_a_share = rows_shared ? rows / shares : panels / shares * wide;
+  if (shares == 1 || of_a_share < kOwnShare) return run_packed(tasks, shares);
+  for_each_block(shares, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      Product part = *this;
+      Tasks<scalar_t> own = tasks;
+      own.product = &part;
+      if (rows_shared) {
+        const int64_t first = share(rows, shares, i);
+        part.rows = share(rows, shares, i + 1) - first;
+        part.out.data = out.at(first, 0);
+        part.left.data = left.at(first, 0);
+        if (keeps_sums) own.sums.data = tasks.sums.at(first, 0);
+        run_packed(own, 1);
+      } else {
+        own.panel_begin = share(panels, shares, i);
+        own.panel_end = share(panels, shares, i + 1);
+        run_packed(own, 1);
+      }
+    }
+  });
+}
+
+// One whose sums between visits would be too large.
+template <typename scalar_t>
+void Product<scalar_t>::run_in_pieces() const {
+  Product part = *this;
+  for (int64_t row = 0; row < rows; row += kRowsOfSums) {
+    part.rows = std::min(kRowsOfSums, rows - row);
+    part.left.data = left.at(row, 0);
+    for (int64_t column = 0; column < columns; column += kColumnsOfSums) {
+      part.columns = std::min(kColumnsOfSums, columns - column);
+      part.right.data = right.at(0, column);
+      part.out.data = out.at(row, column);
+      if (bias) part.bias = bias + column;
+      part.run();
+    }
+  }
+}
+
 // A batch of one: see product_row.h.
 template <typename scalar_t>
 void Product<scalar_t>::run_thin(int64_t shares) const {
@@ -189,20 +316,36 @@ void Product<scalar_t>::run_thin(int64_t shares) const {
       run_outer<scalar_t>(*this, begin, end);
     });
   }
-  Product row = *this;
-  if (left.column_stride != 1) {
-    scalar_t* copy = scratch<scalar_t>(0, inner);
-    for (int64_t k = 0; k < inner; ++k) copy[k] = *left.at(0, k);
-    row.left = {copy, inner, 1};
+  using acc_t = acc_type<scalar_t>;
+  RowProduct<scalar_t> row{this, nullptr};
+  if constexpr (std::is_same_v<scalar_t, acc_t>) {
+    if (left.column_stride == 1) row.left = left.data;
+  }
+  if (!row.left) {
+    acc_t* copy = scratch<acc_t>(0, inner);
+    for (int64_t k = 0; k < inner; ++k) copy[k] = wide(*left.at(0, k));
+    row.left = copy;
   }
   const int64_t panels = divide_up(columns, panel_columns<scalar_t>());
   for_each_block(panels, divide_up(panels, shares),
                  [&](int64_t begin, int64_t end) { run_row<scalar_t>(row, begin, end); });
 }
 
-template bool product_serves(const Product<float>& product);
-template bool product_serves(const Product<double>& product);
 template void Product<float>::run() const;
 template void Product<double>::run() const;
+template void Product<simd::BFloat16>::run() const;
+template void Product<simd::Half>::run() const;
+template bool product_serves(const Product<float>& product);
+template bool product_serves(const Product<double>& product);
+template bool product_serves(const Product<simd::BFloat16>& product);
+template bool product_serves(const Product<simd::Half>& product);
+template bool product_may_serve<float>(int64_t multiplications);
+template bool all_products_serve<float>();
+template bool product_may_serve<double>(int64_t multiplications);
+template bool all_products_serve<double>();
+template bool product_may_serve<simd::BFloat16>(int64_t multiplications);
+template bool all_products_serve<simd::BFloat16>();
+template bool product_may_serve<simd::Half>(int64_t multiplications);
+template bool all_products_serve<simd::Half>();
 
 }  // namespace torchext::cpu

@@ -1,6 +1,7 @@
-// Matrix products of our own, with what goes with them. In float32 and float64 for what the library
-// is slow at: small ones, and on processors whose AVX-512 it leaves unused, large ones too
-// (`product_serves`). In bfloat16 where the processor multiplies pairs (product_pairs.cpp).
+// Matrix products of our own, with what goes with them, for what the library is slow at
+// (`product_serves`): small ones, and on processors whose AVX-512 it leaves unused, large ones too.
+// Those of bfloat16 and float16 are summed in float32 and rounded once; in bfloat16 by pairs where
+// the processor multiplies them (product_pairs.cpp).
 #pragma once
 
 #include <cstdint>
@@ -31,26 +32,36 @@ struct Product {
   const scalar_t* bias = nullptr;  // or null
   bool relu = false;
   // Threads share the rows, and a few columns after them: by what out's neighbours are used with.
-  // Of small products in float32 and float64.
+  // Of small products, pairs apart.
   bool by_rows = false;
+  bool by_pairs = false;  // bfloat16 may be multiplied by pairs
 
   void run() const;
 
  private:
   void run_thin(int64_t shares) const;
+  void run_in_pieces() const;
+  void run_as_pairs() const;
 };
+template <>
+void Product<torch::headeronly::BFloat16>::run_as_pairs() const;
 
-// Whether our own kernel takes a product on this machine: by its multiplications, in bfloat16 by
-// its strides.
+// Whether our own kernel is the faster one on this machine for a product.
 template <typename scalar_t>
 bool product_serves(const Product<scalar_t>& product);
-template <>
-bool product_serves(const Product<torch::headeronly::BFloat16>& product);
-template <>
-void Product<torch::headeronly::BFloat16>::run() const;
+
+// Whether it is for all of them, pairs apart, and not for small ones alone.
+template <typename scalar_t>
+bool all_products_serve();
+
+// Whether it may be for one of so many multiplications.
+template <typename scalar_t>
+bool product_may_serve(int64_t multiplications);
 
 // Whether this processor multiplies pairs of bfloat16, and none of the library's instructions is
 // faster.
 bool multiplies_pairs();
+// Whether they serve this product, by its strides.
+bool pairs_serve(const Product<torch::headeronly::BFloat16>& product);
 
 }  // namespace torchext::cpu

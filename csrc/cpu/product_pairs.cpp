@@ -27,8 +27,6 @@ constexpr int64_t kPanelsOfSums = 128;
 // they are page faults. Not what a batch's rows give, which would depend on how many they are.
 constexpr int64_t kShortSum = 64;
 constexpr int64_t kLargeOut = int64_t{1} << 23;
-// Numbers of panels that stay in the second cache while strips come and go.
-constexpr int64_t kCachedPanels = int64_t{128} << 10;
 // Panels that a thread packs for itself at once, and inner steps of contiguous rows that go to all
 // of them: memory is read along the rows. 64 x 4096 by 4096 x 4096 7.8 ms, panel by panel 8.4.
 constexpr int64_t kPanelsAtOnce = 4;
@@ -132,7 +130,7 @@ TORCHEXT_INLINE void run_pair_tasks(const PairTasks<scalar_t>& tasks, int64_t be
     // Panels [from, to), packed one after the other. Short sums go along the rows: with them it is
     // the writing that counts.
     const auto run_panels = [&](int64_t from, int64_t to, const float* packed) {
-      if ((to - from) * pairs * kPanel > kCachedPanels) {
+      if ((to - from) * pairs * kPanel * int64_t{sizeof(float)} > kCachedPanels) {
         for (int64_t panel = from; panel < to; ++panel, packed += pairs * kPanel) {
           for (int64_t s = 0; s < strips; ++s) {
             const auto [first, last] = strip_rows(rows, strips, s);
@@ -180,18 +178,16 @@ bool multiplies_pairs() {
 #endif
 }
 
-template <>
-bool product_serves(const Product<BFloat16>& product) {
+bool pairs_serve(const Product<BFloat16>& product) {
   const bool faults = product.left.column_stride != 1 && product.inner <= kShortSum &&
                       product.rows * product.columns >= kLargeOut;
-  return multiplies_pairs() && !product.accumulate && !faults &&
+  return product.by_pairs && multiplies_pairs() && !product.accumulate && !faults &&
          packs_pairs(product.inner, product.left.column_stride, product.left.row_stride) &&
          packs_pairs(product.inner, product.right.row_stride, product.right.column_stride);
 }
 
 template <>
-void Product<BFloat16>::run() const {
-  if (rows == 0 || columns == 0) return;
+void Product<BFloat16>::run_as_pairs() const {
   const int64_t panels = divide_up(columns, kPanel), pairs = divide_up(inner, 2);
   const auto threads = static_cast<int64_t>(torch::stable::get_num_threads());
   const int64_t shares = std::clamp<int64_t>(rows * inner * columns / kGrain, 1, threads);
@@ -203,7 +199,7 @@ void Product<BFloat16>::run() const {
       part.out.data = out.at(begin, 0);
       part.left.data = left.at(begin, 0);
       part.rows = std::min(kRowsOfSums, rows - begin);
-      part.run();
+      part.run_as_pairs();
     }
     return;
   }

@@ -8,13 +8,22 @@
 
 namespace torchext::cpu {
 
-// What ends a sum: product_tile's last lines.
+// A product with one row, contiguous and in what sums are made in.
+template <typename scalar_t>
+struct RowProduct {
+  const Product<scalar_t>* product;
+  const acc_type<scalar_t>* left;
+};
+
+// What ends a sum: product_tile's last lines. `carried` is what visits before this one, or out
+// where it is added to, have left.
 template <int kLanes, typename scalar_t>
 TORCHEXT_INLINE void finish_row(const Product<scalar_t>& p, int64_t column,
-                                simd::Vector<scalar_t, kLanes> sum,
-                                const simd::Vector<scalar_t, kLanes>* total, bool accumulate,
+                                simd::Vector<acc_type<scalar_t>, kLanes> sum,
+                                const simd::Vector<acc_type<scalar_t>, kLanes>* total,
+                                simd::Vector<acc_type<scalar_t>, kLanes>& carried, bool accumulate,
                                 bool ends) {
-  using Value = simd::Vector<scalar_t, kLanes>;
+  using Value = simd::Vector<acc_type<scalar_t>, kLanes>;
   const int64_t count = std::min<int64_t>(kLanes, p.columns - column);
   const bool whole = count == kLanes;
   const auto read = [&](const scalar_t* from) __attribute__((always_inline)) {
@@ -23,8 +32,12 @@ TORCHEXT_INLINE void finish_row(const Product<scalar_t>& p, int64_t column,
   scalar_t* to = p.out.at(0, column);
   Value value = sum + (p.bias && ends ? read(p.bias + column) : Value{});
   if (total) value += *total;
-  if (accumulate) value += read(to);
-  if (p.relu && ends) value = value <= 0 ? Value{} : value;  // NaN stays NaN
+  if (accumulate) value += carried;
+  if (!ends) {
+    carried = value;
+    return;
+  }
+  if (p.relu) value = value <= 0 ? Value{} : value;  // NaN stays NaN
   if (whole) {
     simd::store<kLanes>(to, value);
   } else {
@@ -36,12 +49,13 @@ TORCHEXT_INLINE void finish_row(const Product<scalar_t>& p, int64_t column,
 // [begin, end): squares are turned in registers.
 template <int kLanes, typename scalar_t>
 struct ColumnsOfRow {
-  using Value = simd::Vector<scalar_t, kLanes>;
+  using acc_t = acc_type<scalar_t>;
+  using Value = simd::Vector<acc_t, kLanes>;
   const scalar_t* first;
   int64_t stride;
 
   // Adds steps [k + skipped, k + kLanes), times x.
-  TORCHEXT_INLINE void add_square(const scalar_t* x, int64_t k, int64_t skipped, Value& sum) const {
+  TORCHEXT_INLINE void add_square(const acc_t* x, int64_t k, int64_t skipped, Value& sum) const {
     Value turned[kLanes];
     // Four from one address: see product_tile.
 #pragma GCC unroll 16
@@ -59,12 +73,16 @@ struct ColumnsOfRow {
 // Vectors of a wide panel: enough sums that none waits for its last.
 inline constexpr int kWide = 8;
 
-// One panel of a product with one contiguous row `x`, over inner [begin, end), into `sum`.
+// One panel of a product with one row, over inner [begin, end), into `sum`.
 template <int kLanes, typename scalar_t>
-TORCHEXT_INLINE void row_panel(const Product<scalar_t>& p, int64_t column, int64_t begin,
-                               int64_t end, simd::Vector<scalar_t, kLanes>* sum) {
-  using Value = simd::Vector<scalar_t, kLanes>;
-  const scalar_t *x = p.left.data, *from = p.right.at(0, column);
+TORCHEXT_INLINE void row_panel(const RowProduct<scalar_t>& row_product, int64_t column,
+                               int64_t begin, int64_t end,
+                               simd::Vector<acc_type<scalar_t>, kLanes>* sum) {
+  using acc_t = acc_type<scalar_t>;
+  using Value = simd::Vector<acc_t, kLanes>;
+  const Product<scalar_t>& p = *row_product.product;
+  const acc_t* x = row_product.left;
+  const scalar_t* from = p.right.at(0, column);
   const int64_t count = std::min<int64_t>(2 * kLanes, p.columns - column);
   const int64_t row = p.right.row_stride, stride = p.right.column_stride;
   int64_t k = begin;
@@ -82,8 +100,8 @@ TORCHEXT_INLINE void row_panel(const Product<scalar_t>& p, int64_t column, int64
     return;
   }
   for (; k < end; ++k) {
-    scalar_t values[2 * kLanes] = {};
-    for (int64_t j = 0; j < count; ++j) values[j] = from[j * stride + k * row];
+    acc_t values[2 * kLanes] = {};
+    for (int64_t j = 0; j < count; ++j) values[j] = wide(from[j * stride + k * row]);
     sum[0] += simd::broadcast<Value>(x + k) * simd::load<kLanes>(values);
     sum[1] += simd::broadcast<Value>(x + k) * simd::load<kLanes>(values + kLanes);
   }
@@ -91,51 +109,65 @@ TORCHEXT_INLINE void row_panel(const Product<scalar_t>& p, int64_t column, int64
 
 // kWide vectors of columns of one whose right matrix has contiguous rows.
 template <int kLanes, typename scalar_t>
-TORCHEXT_INLINE void row_wide(const Product<scalar_t>& p, int64_t column, int64_t begin,
-                              int64_t end, simd::Vector<scalar_t, kLanes>* sum) {
-  using Value = simd::Vector<scalar_t, kLanes>;
+TORCHEXT_INLINE void row_wide(const RowProduct<scalar_t>& row_product, int64_t column,
+                              int64_t begin, int64_t end,
+                              simd::Vector<acc_type<scalar_t>, kLanes>* sum) {
+  using Value = simd::Vector<acc_type<scalar_t>, kLanes>;
+  const Product<scalar_t>& p = *row_product.product;
   const scalar_t* from = p.right.at(begin, column);
   for (int64_t k = begin; k < end; ++k, from += p.right.row_stride) {
-    const auto x = simd::broadcast<Value>(p.left.data + k);
+    const auto x = simd::broadcast<Value>(row_product.left + k);
 #pragma GCC unroll 8
     for (int i = 0; i < kWide; ++i) sum[i] += x * simd::load<kLanes>(from + i * kLanes);
   }
 }
 
-// Panels [begin, end) of a product with one contiguous row.
+// Panels [begin, end) of a product with one row.
 template <class Isa, typename scalar_t>
-TORCHEXT_INLINE void row_panels(const Product<scalar_t>& p, int64_t begin, int64_t end) {
+TORCHEXT_INLINE void row_panels(const RowProduct<scalar_t>& row_product, int64_t begin,
+                                int64_t end) {
   constexpr int kLanes = simd::kLanesOf<Isa, scalar_t>, kPanel = kPanelOf<Isa, scalar_t>;
   static_assert(kPanel == 2 * kLanes);
-  using Value = simd::Vector<scalar_t, kLanes>;
-  const Parts<scalar_t> parts(p.inner);
+  using Value = simd::Vector<acc_type<scalar_t>, kLanes>;
+  const Product<scalar_t>& p = *row_product.product;
+  const Parts<acc_type<scalar_t>> parts(p.inner);
   for (int64_t panel = begin; panel < end;) {
     const int64_t column = panel * kPanel;
-    const bool wide = p.right.column_stride == 1 && panel + kWide / 2 <= end &&
+    const bool many = p.right.column_stride == 1 && panel + kWide / 2 <= end &&
                       column + kWide * kLanes <= p.columns;
+    const int vectors = many ? kWide : 2;
+    Value carried[kWide];
+    for (int i = 0; p.accumulate && i < vectors && column + i * kLanes < p.columns; ++i) {
+      const int64_t at = column + i * kLanes, count = std::min<int64_t>(kLanes, p.columns - at);
+      const scalar_t* from = p.out.at(0, at);
+      carried[i] = count == kLanes ? simd::load<kLanes>(from)  //
+                                   : simd::load_tail<kLanes>(from, count, 0);
+    }
     for (int64_t visit = 0; visit < parts.visits; ++visit) {
       Value sum[kWide], total[kWide];
       const int64_t first = parts.first_of(visit), last = parts.first_of(visit + 1);
       for (int64_t part = first; part < last; ++part) {
         if (part > first) {
-          for (int i = 0; i < (wide ? kWide : 2); ++i) {
+          for (int i = 0; i < vectors; ++i) {
             total[i] = part == first + 1 ? sum[i] : total[i] + sum[i];
           }
         }
-        for (int i = 0; i < (wide ? kWide : 2); ++i) sum[i] = Value{};
-        if (wide) {
-          row_wide<kLanes>(p, column, parts.begin_of(part), parts.begin_of(part + 1), sum);
+        for (int i = 0; i < vectors; ++i) sum[i] = Value{};
+        if (many) {
+          row_wide<kLanes>(row_product, column, parts.begin_of(part), parts.begin_of(part + 1),
+                           sum);
         } else {
-          row_panel<kLanes>(p, column, parts.begin_of(part), parts.begin_of(part + 1), sum);
+          row_panel<kLanes>(row_product, column, parts.begin_of(part), parts.begin_of(part + 1),
+                            sum);
         }
       }
       const bool accumulate = p.accumulate || visit > 0, ends = visit + 1 == parts.visits;
-      for (int i = 0; i < (wide ? kWide : 2) && column + i * kLanes < p.columns; ++i) {
+      for (int i = 0; i < vectors && column + i * kLanes < p.columns; ++i) {
         finish_row<kLanes>(p, column + i * kLanes, sum[i], last - first > 1 ? &total[i] : nullptr,
-                           accumulate, ends);
+                           carried[i], accumulate, ends);
       }
     }
-    panel += wide ? kWide / 2 : 1;
+    panel += many ? kWide / 2 : 1;
   }
 }
 
@@ -143,9 +175,10 @@ TORCHEXT_INLINE void row_panels(const Product<scalar_t>& p, int64_t begin, int64
 template <class Isa, typename scalar_t>
 TORCHEXT_INLINE void outer_rows(const Product<scalar_t>& p, int64_t begin, int64_t end) {
   constexpr int kLanes = simd::kLanesOf<Isa, scalar_t>;
-  using Value = simd::Vector<scalar_t, kLanes>;
+  using Value = simd::Vector<acc_type<scalar_t>, kLanes>;
   for (int64_t row = begin; row < end; ++row) {
-    const auto x = simd::broadcast<Value>(p.left.at(row, 0));
+    const acc_type<scalar_t> left = wide(*p.left.at(row, 0));
+    const auto x = simd::broadcast<Value>(&left);
     const scalar_t* y = p.right.data;
     int64_t column = 0;
     if (!p.bias && !p.relu && !p.accumulate) {
@@ -158,9 +191,12 @@ TORCHEXT_INLINE void outer_rows(const Product<scalar_t>& p, int64_t begin, int64
     one.out.data = p.out.at(row, 0);
     for (; column < p.columns; column += kLanes) {
       const int64_t count = p.columns - column;
-      const Value value = count >= kLanes ? simd::load<kLanes>(y + column)
-                                          : simd::load_tail<kLanes>(y + column, count, 0);
-      finish_row<kLanes>(one, column, Value{} + x * value, nullptr, p.accumulate, true);
+      const auto read = [&](const scalar_t* from) __attribute__((always_inline)) {
+        return count >= kLanes ? simd::load<kLanes>(from) : simd::load_tail<kLanes>(from, count, 0);
+      };
+      Value carried = p.accumulate ? read(one.out.at(0, column)) : Value{};
+      finish_row<kLanes>(one, column, Value{} + x * read(y + column), nullptr, carried,
+                         p.accumulate, true);
     }
   }
 }

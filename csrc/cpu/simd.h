@@ -199,9 +199,21 @@ TORCHEXT_INLINE Vector<uint32_t, kLanes> float_to_bfloat16(Vector<float, kLanes>
   return (bits & 0x7fffffffu) > 0x7f800000u ? Bits{} + 0x7fc0u : rounded;
 }
 
+// Whether the processor converts vectors of float16: AVX2's and AVX-512's do (F16C). Assembly, as
+// the compiler's names for it want the target of the function that they are inlined in.
+template <typename scalar_t, int kLanes>
+inline constexpr bool kHalfConversions = std::is_same_v<scalar_t, Half> && kLanes >= 8;
+
 // The float values of bfloat16 or float16 bits.
 template <typename scalar_t, int kLanes>
 TORCHEXT_INLINE Vector<float, kLanes> widen(Vector<uint16_t, kLanes> narrow) {
+#if defined(__x86_64__)
+  if constexpr (kHalfConversions<scalar_t, kLanes>) {
+    Vector<float, kLanes> value;
+    asm("vcvtph2ps %1, %0" : "=v"(value) : "v"(narrow));
+    return value;
+  }
+#endif
   const auto wide = __builtin_convertvector(narrow, Vector<uint32_t, kLanes>);
   if constexpr (std::is_same_v<scalar_t, BFloat16>) {
     return bits_as<Vector<float, kLanes>>(wide << 16);
@@ -226,6 +238,14 @@ TORCHEXT_INLINE void store(scalar_t* pointer, Vector<acc_type<scalar_t>, kLanes>
   if constexpr (std::is_same_v<scalar_t, acc_type<scalar_t>>) {
     __builtin_memcpy(pointer, &value, sizeof(value));
   } else {
+#if defined(__x86_64__)
+    if constexpr (kHalfConversions<scalar_t, kLanes>) {
+      Vector<uint16_t, kLanes> nearest;
+      asm("vcvtps2ph $0, %1, %0" : "=v"(nearest) : "v"(value));
+      __builtin_memcpy(pointer, &nearest, sizeof(nearest));
+      return;
+    }
+#endif
     Vector<uint32_t, kLanes> wide;
     if constexpr (std::is_same_v<scalar_t, BFloat16>) {
       wide = float_to_bfloat16<kLanes>(value);

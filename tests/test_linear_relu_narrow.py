@@ -1,4 +1,7 @@
-"""linear_relu in bfloat16 by products of pairs (csrc/cpu/product_pairs.*), at all their paths."""
+"""linear_relu in bfloat16 and float16, whose products are sums in float32 that are rounded once.
+
+By our own kernels (csrc/cpu/product*.cpp), pairs among them, at all their paths; or the library's.
+"""
 
 from __future__ import annotations
 
@@ -9,18 +12,19 @@ import torch
 from torch import Tensor
 
 import torchext
-from torchext import _native, reference
+from torchext import reference
 
-pytestmark = pytest.mark.skipif(
-    not _native.multiplies_pairs(), reason="no AVX512_BF16 here (or Intel's, the library's)"
-)
+NARROW = [torch.bfloat16, torch.float16]
 
 # rows, in_features, out_features
 SHAPES = [
-    (1, 64, 40),  # a batch of one
+    (1, 7, 9),  # a batch of one
+    (1, 64, 40),
+    (1, 1300, 300),  # of two visits
+    (16, 63, 65),
     (13, 62, 10),  # panels of one vector
     (100, 784, 64),  # the left matrix in place
-    (301, 513, 70),  # odd sums: the library's forward, our weight gradient
+    (301, 513, 70),  # odd sums, that no pairs serve forward
     (1030, 2200, 300),  # rows for all threads, sums of two visits, panels packed together
     (700, 600, 1050),  # rows with panels of each thread's own
     (4099, 96, 65),
@@ -43,13 +47,16 @@ def error(actual: Tensor, expected: Tensor) -> float:
 
 @pytest.mark.parametrize("strided", [False, True])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_no_larger_error_than_eagers(shape: tuple[int, int, int], strided: bool) -> None:
+@pytest.mark.parametrize("dtype", NARROW, ids=str)
+def test_no_larger_error_than_eagers(
+    dtype: torch.dtype, shape: tuple[int, int, int], strided: bool
+) -> None:
     rows, inner, columns = shape
-    input = torch.randn(rows, inner, 2 if strided else 1).bfloat16()[..., 0]
-    weight = (torch.randn(columns, inner) / inner**0.5).bfloat16()
+    input = torch.randn(rows, inner, 2 if strided else 1).to(dtype)[..., 0]
+    weight = (torch.randn(columns, inner) / inner**0.5).to(dtype)
     if strided:
         weight = weight.t().contiguous().t()
-    bias, upstream = torch.randn(columns).bfloat16(), torch.randn(rows, columns).bfloat16()
+    bias, upstream = torch.randn(columns).to(dtype), torch.randn(rows, columns).to(dtype)
     tensors = [input, weight, bias]
     ours = gradients(torchext.linear_relu, tensors, upstream)
     eager = gradients(reference.linear_relu, tensors, upstream)
@@ -61,14 +68,16 @@ def test_no_larger_error_than_eagers(shape: tuple[int, int, int], strided: bool)
     mask = (eager[0] > 0).double() * upstream.double()
     stock = [truth[0], mask @ wide[1], mask.t() @ wide[0], mask.sum(0)]
     for actual, expected, theirs, of_theirs in zip(ours, own, eager, stock, strict=True):
-        assert actual.dtype == torch.bfloat16
-        # Both round once: 2**-9 at the most of each element, and as much by chance of rounding.
-        assert error(actual, expected) <= max(error(theirs, of_theirs) * 1.05, 2**-9)
+        assert actual.dtype == dtype
+        # Both round once: half an ulp at the most of each element, and as much by chance of it.
+        once = torch.finfo(dtype).eps / 4
+        assert error(actual, expected) <= max(error(theirs, of_theirs) * 1.05, once)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
-def test_what_is_not_finite(value: float) -> None:
-    input, weight = torch.randn(40, 100).bfloat16(), torch.randn(70, 100).bfloat16()
+@pytest.mark.parametrize("dtype", NARROW, ids=str)
+def test_what_is_not_finite(dtype: torch.dtype, value: float) -> None:
+    input, weight = torch.randn(40, 100).to(dtype), torch.randn(70, 100).to(dtype)
     input[3, 5] = value
     expected = reference.linear_relu(input, weight)
     actual = torchext.linear_relu(input, weight)

@@ -1,0 +1,186 @@
+// Copies of matrices as product_kernel.h and product_pairs.h read them: panels of the right one and
+// strips of the left one, of bfloat16 and float16 in float32.
+#pragma once
+
+#include <algorithm>
+#include <utility>
+
+#include "cpu/product.h"
+#include "cpu/simd.h"
+
+namespace torchext::cpu {
+
+using simd::acc_type;
+
+// Lanes of two vectors, by numbers that go on from the first to the second.
+template <int... kLane, typename T, int kLanes = sizeof...(kLane)>
+TORCHEXT_INLINE simd::Vector<T, kLanes> chosen_lanes(const T*, simd::Vector<T, kLanes> a,
+                                                     simd::Vector<T, kLanes> b) {
+#if defined(__clang__)
+  return __builtin_shufflevector(a, b, kLane...);
+#else
+  using Index = std::conditional_t<sizeof(T) == 8, int64_t, int32_t>;
+  return __builtin_shuffle(a, b, simd::Vector<Index, kLanes>{kLane...});
+#endif
+}
+
+// Lane `i` of the result is lane pick(i, kLanes) of a, or of b from kLanes on.
+template <typename Pick, typename Value, int... kLane>
+TORCHEXT_INLINE Value picked(Pick, Value a, Value b, std::integer_sequence<int, kLane...>) {
+  using T = std::remove_reference_t<decltype(Value{}[0])>;
+  constexpr const T* kType = nullptr;
+  return chosen_lanes<Pick{}(kLane, int{sizeof...(kLane)})...>(kType, a, b);
+}
+
+// Turns a square of kLanes vectors: 16 bytes of each at a time, and then the squares of those. Made
+// of what x86 shuffles in one step without indices (unpack, shuf, shuff32x4), twice as fast as what
+// takes lanes by index.
+template <int kLanes, typename Value>
+TORCHEXT_INLINE void transpose_square(Value (&rows)[kLanes]) {
+  constexpr int kSmall = 16 / static_cast<int>(sizeof(rows[0][0])), kBlocks = kLanes / kSmall;
+  constexpr auto kLanesOfAll = std::make_integer_sequence<int, kLanes>{};
+  const auto pick = [&](auto how, Value a, Value b)
+                        __attribute__((always_inline)) { return picked(how, a, b, kLanesOfAll); };
+  // Of two vectors a and b, in each 16 bytes: a0 b0 a1 b1 and the other halves; a0 a1 b0 b1 and so.
+  constexpr auto kFirst = [](int i, int lanes) {
+    return i / kSmall * kSmall + i % kSmall / 2 + i % 2 * lanes;
+  };
+  constexpr auto kSecond = [](int i, int lanes) {
+    return i / kSmall * kSmall + kSmall / 2 + i % kSmall / 2 + i % 2 * lanes;
+  };
+  constexpr auto kLow = [](int i, int lanes) { return i / 4 * 4 + i % 2 + i % 4 / 2 * lanes; };
+  constexpr auto kHigh = [](int i, int lanes) { return i / 4 * 4 + 2 + i % 2 + i % 4 / 2 * lanes; };
+#pragma GCC unroll 16
+  for (int r = 0; r < kLanes; r += kSmall) {
+    if constexpr (kSmall == 2) {
+      const Value a = rows[r], b = rows[r + 1];
+      rows[r] = pick(kFirst, a, b);
+      rows[r + 1] = pick(kSecond, a, b);
+    } else {
+      const Value a = pick(kFirst, rows[r], rows[r + 1]), b = pick(kSecond, rows[r], rows[r + 1]);
+      const Value c = pick(kFirst, rows[r + 2], rows[r + 3]),
+                  d = pick(kSecond, rows[r + 2], rows[r + 3]);
+      rows[r] = pick(kLow, a, c);
+      rows[r + 1] = pick(kHigh, a, c);
+      rows[r + 2] = pick(kLow, b, d);
+      rows[r + 3] = pick(kHigh, b, d);
+    }
+  }
+  // Blocks of 16 bytes: of two vectors both lower halves and both upper ones; or the even blocks
+  // and the odd ones.
+  constexpr auto kLower = [](int i, int lanes) { return i < lanes / 2 ? i : i + lanes / 2; };
+  constexpr auto kUpper = [](int i, int lanes) {
+    return i < lanes / 2 ? i + lanes / 2 : i + lanes;
+  };
+  constexpr auto kEven = [](int i, int lanes) { return 2 * i - i % kSmall; };
+  constexpr auto kOdd = [](int i, int lanes) { return 2 * i - i % kSmall + kSmall; };
+#pragma GCC unroll 16
+  for (int r = 0; r < kSmall; ++r) {
+    if constexpr (kBlocks == 2) {
+      const Value a = rows[r], b = rows[r + kSmall];
+      rows[r] = pick(kLower, a, b);
+      rows[r + kSmall] = pick(kUpper, a, b);
+    } else if constexpr (kBlocks == 4) {
+      const Value a = rows[r], b = rows[r + kSmall], c = rows[r + 2 * kSmall],
+                  d = rows[r + 3 * kSmall];
+      const Value e = pick(kLower, a, b), f = pick(kUpper, a, b);
+      const Value g = pick(kLower, c, d), h = pick(kUpper, c, d);
+      rows[r] = pick(kEven, e, g);
+      rows[r + kSmall] = pick(kOdd, e, g);
+      rows[r + 2 * kSmall] = pick(kEven, f, h);
+      rows[r + 3 * kSmall] = pick(kOdd, f, h);
+    }
+  }
+}
+
+template <typename scalar_t>
+TORCHEXT_INLINE acc_type<scalar_t> wide(scalar_t value) {
+  return static_cast<acc_type<scalar_t>>(value);
+}
+
+// Copies rows [0, rows) and columns [0, columns) of a matrix to `to`, element (i, j) to
+// to[j * to_stride + i]: the matrix's own rows are contiguous, those of the copy are its columns.
+template <int kLanes, typename scalar_t>
+TORCHEXT_INLINE void copy_transposed(Matrix<const scalar_t> from, int64_t rows, int64_t columns,
+                                     acc_type<scalar_t>* to, int64_t to_stride) {
+  using Value = simd::Vector<acc_type<scalar_t>, kLanes>;
+  int64_t i = 0;
+  for (; i + kLanes <= rows; i += kLanes) {
+    int64_t j = 0;
+    for (; j + kLanes <= columns; j += kLanes) {
+      Value square[kLanes];
+#pragma GCC unroll 16
+      for (int l = 0; l < kLanes; ++l) square[l] = simd::load<kLanes>(from.at(i + l, j));
+      transpose_square(square);
+#pragma GCC unroll 16
+      for (int l = 0; l < kLanes; ++l) simd::store<kLanes>(to + (j + l) * to_stride + i, square[l]);
+    }
+    for (; j < columns; ++j) {
+      for (int l = 0; l < kLanes; ++l) to[j * to_stride + i + l] = wide(*from.at(i + l, j));
+    }
+  }
+  for (; i < rows; ++i) {
+    for (int64_t j = 0; j < columns; ++j) to[j * to_stride + i] = wide(*from.at(i, j));
+  }
+}
+
+// A panel (inner, kPanel) of `count` columns, zeros past them.
+template <class Isa, typename scalar_t>
+TORCHEXT_INLINE void pack_panel(Matrix<const scalar_t> from, int64_t inner, int64_t count,
+                                acc_type<scalar_t>* to) {
+  constexpr int kLanes = simd::kLanesOf<Isa, scalar_t>, kPanel = 2 * kLanes;
+  if (count < kPanel) std::fill_n(to, inner * kPanel, acc_type<scalar_t>{0});
+  if (from.column_stride != 1 && from.row_stride == 1) {
+    const Matrix<const scalar_t> turned{from.data, from.column_stride, 1};
+    return copy_transposed<kLanes>(turned, count, inner, to, kPanel);
+  }
+  for (int64_t k = 0; k < inner; ++k, to += kPanel) {
+    if (count == kPanel && from.column_stride == 1) {
+      __builtin_prefetch(from.at(k + 16, 0));
+      __builtin_prefetch(from.at(k + 16, kLanes));
+      simd::store<kLanes>(to, simd::load<kLanes>(from.at(k, 0)));
+      simd::store<kLanes>(to + kLanes, simd::load<kLanes>(from.at(k, kLanes)));
+    } else {
+      for (int64_t j = 0; j < count; ++j) to[j] = wide(*from.at(k, j));
+    }
+  }
+}
+
+// A strip (inner, rows): what a tile reads stands side by side.
+template <class Isa, typename scalar_t>
+TORCHEXT_INLINE void pack_strip(Matrix<const scalar_t> from, int64_t rows, int64_t inner,
+                                acc_type<scalar_t>* to) {
+  // Strips are short.
+  constexpr int kLanes = sizeof(scalar_t) == 2 && Isa::kBytes >= 32 ? 8 : 16 / sizeof(*to);
+  if (from.column_stride == 1) return copy_transposed<kLanes>(from, rows, inner, to, rows);
+  if (from.row_stride == 1 && rows >= kLanes) {
+    for (int64_t k = 0; k < inner; ++k, to += rows) {
+      const scalar_t* column = from.at(0, k);
+      for (int64_t i = 0; i + kLanes <= rows; i += kLanes) {
+        simd::store<kLanes>(to + i, simd::load<kLanes>(column + i));
+      }
+      // The last ones, some of them again.
+      simd::store<kLanes>(to + rows - kLanes, simd::load<kLanes>(column + rows - kLanes));
+    }
+    return;
+  }
+  for (int64_t k = 0; k < inner; ++k) {
+    for (int64_t i = 0; i < rows; ++i) to[k * rows + i] = wide(*from.at(i, k));
+  }
+}
+
+// Rows [0, rows) of a matrix whose rows are contiguous, `to_stride` apart in the copy.
+template <class Isa, typename scalar_t>
+TORCHEXT_INLINE void copy_rows(Matrix<const scalar_t> from, int64_t rows, int64_t columns,
+                               acc_type<scalar_t>* to, int64_t to_stride) {
+  constexpr int kLanes = simd::kLanesOf<Isa, scalar_t>;
+  for (int64_t i = 0; i < rows; ++i, to += to_stride) {
+    int64_t j = 0;
+    for (; j + kLanes <= columns; j += kLanes) {
+      simd::store<kLanes>(to + j, simd::load<kLanes>(from.at(i, j)));
+    }
+    for (; j < columns; ++j) to[j] = wide(*from.at(i, j));
+  }
+}
+
+}  // namespace torchext::cpu
