@@ -70,8 +70,10 @@ struct ColumnsOfRow {
   }
 };
 
-// Vectors of a wide panel: enough sums that none waits for its last.
-inline constexpr int kWide = 8;
+// Vectors of columns whose sums are made together where the right matrix has contiguous rows: in the
+// first cache, so that much of a row is read at a time. Its rows may be pages apart.
+inline constexpr int kWide = 32;
+inline constexpr int kRowsAtOnce = 4;
 
 // One panel of a product with one row, over inner [begin, end), into `sum`.
 template <int kLanes, typename scalar_t>
@@ -107,19 +109,40 @@ TORCHEXT_INLINE void row_panel(const RowProduct<scalar_t>& row_product, int64_t 
   }
 }
 
-// kWide vectors of columns of one whose right matrix has contiguous rows.
+// Adds kSteps inner steps from k on to `vectors` vectors of columns.
+template <int kSteps, int kLanes, typename scalar_t>
+TORCHEXT_INLINE void add_rows(const RowProduct<scalar_t>& row_product, int64_t column, int64_t k,
+                              int vectors, simd::Vector<acc_type<scalar_t>, kLanes>* sum) {
+  using Value = simd::Vector<acc_type<scalar_t>, kLanes>;
+  const auto& right = row_product.product->right;
+  const scalar_t* from[kSteps];
+  Value x[kSteps];
+#pragma GCC unroll 4
+  for (int i = 0; i < kSteps; ++i) {
+    from[i] = right.at(k + i, column);
+    x[i] = simd::broadcast<Value>(row_product.left + k + i);
+  }
+  for (int v = 0; v < vectors; ++v) {
+    Value value = sum[v];
+#pragma GCC unroll 4
+    for (int i = 0; i < kSteps; ++i) {
+      __builtin_prefetch(from[i] + kSteps * right.row_stride + v * kLanes);
+      value += x[i] * simd::load<kLanes>(from[i] + v * kLanes);
+    }
+    sum[v] = value;
+  }
+}
+
+// `vectors` vectors of columns of one whose right matrix has contiguous rows.
 template <int kLanes, typename scalar_t>
 TORCHEXT_INLINE void row_wide(const RowProduct<scalar_t>& row_product, int64_t column,
-                              int64_t begin, int64_t end,
+                              int64_t begin, int64_t end, int vectors,
                               simd::Vector<acc_type<scalar_t>, kLanes>* sum) {
-  using Value = simd::Vector<acc_type<scalar_t>, kLanes>;
-  const Product<scalar_t>& p = *row_product.product;
-  const scalar_t* from = p.right.at(begin, column);
-  for (int64_t k = begin; k < end; ++k, from += p.right.row_stride) {
-    const auto x = simd::broadcast<Value>(row_product.left + k);
-#pragma GCC unroll 8
-    for (int i = 0; i < kWide; ++i) sum[i] += x * simd::load<kLanes>(from + i * kLanes);
+  int64_t k = begin;
+  for (; k + kRowsAtOnce <= end; k += kRowsAtOnce) {
+    add_rows<kRowsAtOnce, kLanes>(row_product, column, k, vectors, sum);
   }
+  for (; k < end; ++k) add_rows<1, kLanes>(row_product, column, k, vectors, sum);
 }
 
 // Panels [begin, end) of a product with one row.
@@ -133,9 +156,9 @@ TORCHEXT_INLINE void row_panels(const RowProduct<scalar_t>& row_product, int64_t
   const Parts<acc_type<scalar_t>> parts(p.inner);
   for (int64_t panel = begin; panel < end;) {
     const int64_t column = panel * kPanel;
-    const bool many = p.right.column_stride == 1 && panel + kWide / 2 <= end &&
-                      column + kWide * kLanes <= p.columns;
-    const int vectors = many ? kWide : 2;
+    const int64_t whole = std::min(end, p.columns / kPanel) - panel;
+    const bool many = p.right.column_stride == 1 && whole > 0;
+    const int vectors = many ? static_cast<int>(std::min<int64_t>(2 * whole, kWide)) : 2;
     Value carried[kWide];
     for (int i = 0; p.accumulate && i < vectors && column + i * kLanes < p.columns; ++i) {
       const int64_t at = column + i * kLanes, count = std::min<int64_t>(kLanes, p.columns - at);
@@ -155,7 +178,7 @@ TORCHEXT_INLINE void row_panels(const RowProduct<scalar_t>& row_product, int64_t
         for (int i = 0; i < vectors; ++i) sum[i] = Value{};
         if (many) {
           row_wide<kLanes>(row_product, column, parts.begin_of(part), parts.begin_of(part + 1),
-                           sum);
+                           vectors, sum);
         } else {
           row_panel<kLanes>(row_product, column, parts.begin_of(part), parts.begin_of(part + 1),
                             sum);
@@ -167,7 +190,7 @@ TORCHEXT_INLINE void row_panels(const RowProduct<scalar_t>& row_product, int64_t
                            carried[i], accumulate, ends);
       }
     }
-    panel += many ? kWide / 2 : 1;
+    panel += vectors / 2;
   }
 }
 
