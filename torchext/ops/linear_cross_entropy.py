@@ -61,7 +61,7 @@ def linear_cross_entropy(
 
     The same as ``F.cross_entropy(F.linear(input, linear_weight, linear_bias), target, ...)``, and
     as torch 2.13's ``F.linear_cross_entropy``, but for memory: beside the gradients it needs one
-    buffer of 512 rows of logits (more where they take less than 8 MiB), of at most 64 MiB, or of
+    buffer of 384 rows of logits (more where they take less than 8 MiB), of at most 64 MiB, or of
     256 rows where those are more; on a GPU 128 MiB, and for 16-bit dtypes float32 sums of
     linear_weight's gradient.
 
