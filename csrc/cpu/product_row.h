@@ -70,8 +70,8 @@ struct ColumnsOfRow {
   }
 };
 
-// Vectors of columns whose sums are made together where the right matrix has contiguous rows: in the
-// first cache, so that much of a row is read at a time. Its rows may be pages apart.
+// Vectors of columns whose sums are made together where the right matrix has contiguous rows: in
+// the first cache, so that much of a row is read at a time. Its rows may be pages apart.
 inline constexpr int kWide = 32;
 inline constexpr int kRowsAtOnce = 4;
 
