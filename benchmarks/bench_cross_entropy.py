@@ -62,7 +62,7 @@ class CrossEntropy(Op):
         return cases
 
     def memory_presets(self, full: bool, device: str) -> list[Case]:
-        classes = (1000, 8000, 32000, 128000) if full else (1000, 8000, 32000)
+        classes = (1000, 8000, 32000, 128000) if full else (1000, 32000)
         rows = 2048 if device == "cpu" else 8192
         return [Case(self.name, (rows, count)) for count in classes]
 

@@ -43,6 +43,9 @@ class LinearReLU(Op):
         no_input_grad = (("no_input_grad", True),)
         cases.append(Case(self.name, (100, 784, 64), options=no_input_grad))
         cases.append(Case(self.name, (1024, 1024, 1024), "bfloat16"))
+        # Small and narrow, where what the library's call costs shows, and of odd features.
+        cases.append(Case(self.name, (16, 63, 65), "bfloat16"))
+        cases.append(Case(self.name, _SHAPES[1], "float16"))
         alone = (1, 1024, 1024)  # a batch of one, as a server has it
         cases.append(Case(self.name, alone))
         forward = (_SHAPES[1], _SHAPES[3], alone)

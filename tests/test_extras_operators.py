@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import pytest
@@ -87,8 +88,12 @@ def test_opcheck() -> None:
 
 @pytest.mark.parametrize("dtype", FLOOR, ids=str)
 def test_product_out(dtype: torch.dtype) -> None:
-    for rows, inner, columns in ((1, 5, 3), (40, 70, 33), (300, 200, 500)):
-        left, right = torch.randn(rows, inner).to(dtype), torch.randn(columns, inner).to(dtype).t()
+    # Those of one row or one inner step, some of several visits of out, have paths of their own.
+    shapes = [(1, 5, 3), (1, 2100, 100), (1, 2100, 3), (6, 1, 70), (40, 70, 33), (300, 200, 500)]
+    for (rows, inner, columns), turned in itertools.product(shapes, (False, True)):
+        left, right = torch.randn(rows, inner).to(dtype), torch.randn(inner, columns).to(dtype)
+        if turned:
+            right = right.t().contiguous().t()
         bias, before = torch.randn(columns).to(dtype), torch.randn(rows, columns).to(dtype)
         for given, accumulate in ((None, False), (bias, False), (None, True)):
             out = before.clone()

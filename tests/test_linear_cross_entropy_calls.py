@@ -61,7 +61,7 @@ def widened(options: dict[str, Any]) -> dict[str, Any]:
 def of_rounded_logits(
     leaves: list[Tensor], target: Tensor, narrow: torch.dtype, **options: Any
 ) -> Tensor:
-    """The loss of exact arithmetic but for what autocast rounds: the leaves, and the logits once."""
+    """The loss by exact arithmetic, but for what autocast rounds: the leaves, and the logits."""
     logits = F.linear(*(leaf.to(narrow).double() for leaf in leaves)).to(narrow)
     return F.cross_entropy(logits.double(), target, **widened(options))
 
