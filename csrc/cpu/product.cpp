@@ -236,6 +236,7 @@ void Product<scalar_t>::run() const {
   if constexpr (std::is_same_v<scalar_t, simd::BFloat16>) {
     if (pairs_serve(*this)) return run_as_pairs();
   }
+  if (columns == 1 && rows > 1 && out.row_stride == 1 && inner > 1) return run_turned();
   const Parts<acc_t> parts(inner);
   const bool keeps_sums = kNarrow && parts.visits > 1;
   if (keeps_sums && (rows > kRowsOfSums || columns > kColumnsOfSums)) return run_in_pieces();
@@ -289,6 +290,20 @@ void Product<scalar_t>::run() const {
       }
     }
   });
+}
+
+// One of a single column, as that of a single row: out lies in memory as it would.
+template <typename scalar_t>
+void Product<scalar_t>::run_turned() const {
+  Product turned = *this;
+  turned.out.row_stride = rows;
+  turned.left = {right.data, right.column_stride, right.row_stride};
+  turned.right = {left.data, left.column_stride, left.row_stride};
+  turned.rows = 1;
+  turned.columns = rows;
+  const std::vector<scalar_t> biases(bias ? rows : 0, bias ? *bias : scalar_t{});
+  if (bias) turned.bias = biases.data();
+  turned.run();
 }
 
 // One whose sums between visits would be too large.

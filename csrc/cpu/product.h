@@ -41,6 +41,7 @@ struct Product {
  private:
   void run_thin(int64_t shares) const;
   void run_in_pieces() const;
+  void run_turned() const;
   void run_as_pairs() const;
 };
 template <>

@@ -124,24 +124,57 @@ TORCHEXT_INLINE void copy_transposed(Matrix<const scalar_t> from, int64_t rows, 
   }
 }
 
-// A panel (inner, kPanel) of `count` columns, zeros past them.
+// Inner steps of a panel of `count` contiguous columns at `from`, in rows `stride` apart, of which
+// `width` columns can be read: past the panel's own stands the next row.
+inline int64_t readable_steps(int64_t inner, int64_t stride, int64_t count, int64_t width) {
+  if (count >= width) return inner;
+  return stride == 0 ? 0 : std::max<int64_t>(0, inner - (width - count + stride - 1) / stride);
+}
+
+// A panel (inner, kPanel) of `count` columns; past them stands what no sum comes from.
 template <class Isa, typename scalar_t>
 TORCHEXT_INLINE void pack_panel(Matrix<const scalar_t> from, int64_t inner, int64_t count,
                                 acc_type<scalar_t>* to) {
   constexpr int kLanes = simd::kLanesOf<Isa, scalar_t>, kPanel = 2 * kLanes;
-  if (count < kPanel) std::fill_n(to, inner * kPanel, acc_type<scalar_t>{0});
   if (from.column_stride != 1 && from.row_stride == 1) {
-    const Matrix<const scalar_t> turned{from.data, from.column_stride, 1};
-    return copy_transposed<kLanes>(turned, count, inner, to, kPanel);
+    using Value = simd::Vector<acc_type<scalar_t>, kLanes>;
+    for (int64_t i = 0; i < count; i += kLanes) {
+      const int64_t last = std::min<int64_t>(kLanes, count - i) - 1;  // again in the lanes past it
+      int64_t k = 0;
+      for (; k + kLanes <= inner; k += kLanes) {
+        Value square[kLanes];
+        if (last == kLanes - 1) {
+#pragma GCC unroll 16
+          for (int l = 0; l < kLanes; ++l) square[l] = simd::load<kLanes>(from.at(k, i + l));
+        } else {
+#pragma GCC unroll 16
+          for (int l = 0; l < kLanes; ++l) {
+            square[l] = simd::load<kLanes>(from.at(k, i + std::min<int64_t>(l, last)));
+          }
+        }
+        transpose_square(square);
+#pragma GCC unroll 16
+        for (int l = 0; l < kLanes; ++l) simd::store<kLanes>(to + (k + l) * kPanel + i, square[l]);
+      }
+      for (; k < inner; ++k) {
+        for (int64_t l = 0; l < kLanes; ++l) {
+          to[k * kPanel + i + l] = wide(*from.at(k, i + std::min(l, last)));
+        }
+      }
+    }
+    return;
   }
+  const int64_t whole =
+      from.column_stride == 1 ? readable_steps(inner, from.row_stride, count, kPanel) : 0;
   for (int64_t k = 0; k < inner; ++k, to += kPanel) {
-    if (count == kPanel && from.column_stride == 1) {
+    if (k < whole) {
       __builtin_prefetch(from.at(k + 16, 0));
       __builtin_prefetch(from.at(k + 16, kLanes));
       simd::store<kLanes>(to, simd::load<kLanes>(from.at(k, 0)));
       simd::store<kLanes>(to + kLanes, simd::load<kLanes>(from.at(k, kLanes)));
     } else {
       for (int64_t j = 0; j < count; ++j) to[j] = wide(*from.at(k, j));
+      std::fill(to + count, to + kPanel, acc_type<scalar_t>{0});
     }
   }
 }

@@ -52,15 +52,27 @@ struct ColumnsOfRow {
   using acc_t = acc_type<scalar_t>;
   using Value = simd::Vector<acc_t, kLanes>;
   const scalar_t* first;
-  int64_t stride;
+  int64_t stride, last;  // the last column, again in the lanes past it
+
+  // Adds steps [begin, end), times x; there are kLanes of them before end.
+  template <bool kWhole>
+  TORCHEXT_INLINE void add(const acc_t* x, int64_t begin, int64_t end, Value& sum) const {
+    int64_t k = begin;
+    for (; k + kLanes <= end; k += kLanes) add_square<kWhole>(x, k, 0, sum);
+    // A square that ends here, for its last steps.
+    if (k < end) add_square<kWhole>(x, end - kLanes, k - (end - kLanes), sum);
+  }
 
   // Adds steps [k + skipped, k + kLanes), times x.
+  template <bool kWhole>
   TORCHEXT_INLINE void add_square(const acc_t* x, int64_t k, int64_t skipped, Value& sum) const {
     Value turned[kLanes];
     // Four from one address: see product_tile.
 #pragma GCC unroll 16
     for (int l = 0; l < kLanes; ++l) {
-      turned[l] = simd::load<kLanes>((first + k + l / 4 * 4 * stride) + l % 4 * stride);
+      const scalar_t* row = kWhole ? (first + k + l / 4 * 4 * stride) + l % 4 * stride
+                                   : first + k + std::min<int64_t>(l, last) * stride;
+      turned[l] = simd::load<kLanes>(row);
     }
     transpose_square(turned);
 #pragma GCC unroll 16
@@ -88,24 +100,33 @@ TORCHEXT_INLINE void row_panel(const RowProduct<scalar_t>& row_product, int64_t 
   const int64_t count = std::min<int64_t>(2 * kLanes, p.columns - column);
   const int64_t row = p.right.row_stride, stride = p.right.column_stride;
   int64_t k = begin;
-  if (row == 1 && count == 2 * kLanes && end >= kLanes) {
-    const ColumnsOfRow<kLanes, scalar_t> left{from, stride};
-    const ColumnsOfRow<kLanes, scalar_t> right{from + kLanes * stride, stride};
+  if (row == 1 && end >= kLanes) {
+    const ColumnsOfRow<kLanes, scalar_t> left{from, stride, std::min<int64_t>(kLanes, count) - 1};
+    const ColumnsOfRow<kLanes, scalar_t> right{from + kLanes * stride, stride, count - kLanes - 1};
+    if (count <= kLanes) return left.template add<false>(x, begin, end, sum[0]);
+    if (count < 2 * kLanes) {
+      left.template add<true>(x, begin, end, sum[0]);
+      return right.template add<false>(x, begin, end, sum[1]);
+    }
     for (; k + kLanes <= end; k += kLanes) {
-      left.add_square(x, k, 0, sum[0]);
-      right.add_square(x, k, 0, sum[1]);
+      left.template add_square<true>(x, k, 0, sum[0]);
+      right.template add_square<true>(x, k, 0, sum[1]);
     }
-    if (k < end) {  // a square that ends here, for its last steps
-      left.add_square(x, end - kLanes, k - (end - kLanes), sum[0]);
-      right.add_square(x, end - kLanes, k - (end - kLanes), sum[1]);
-    }
+    left.template add<true>(x, k, end, sum[0]);
+    right.template add<true>(x, k, end, sum[1]);
     return;
   }
+  const auto add = [&](const auto* values) __attribute__((always_inline)) {
+    const auto value = simd::broadcast<Value>(x + k);
+    sum[0] += value * simd::load<kLanes>(values);
+    sum[1] += value * simd::load<kLanes>(values + kLanes);
+  };
+  const int64_t whole = stride == 1 ? readable_steps(p.inner, row, count, 2 * kLanes) : 0;
+  for (; k < std::min(end, whole); ++k) add(from + k * row);
   for (; k < end; ++k) {
     acc_t values[2 * kLanes] = {};
     for (int64_t j = 0; j < count; ++j) values[j] = wide(from[j * stride + k * row]);
-    sum[0] += simd::broadcast<Value>(x + k) * simd::load<kLanes>(values);
-    sum[1] += simd::broadcast<Value>(x + k) * simd::load<kLanes>(values + kLanes);
+    add(values);
   }
 }
 
