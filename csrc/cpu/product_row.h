@@ -231,6 +231,7 @@ TORCHEXT_INLINE void outer_rows(const Product<scalar_t>& p, int64_t begin, int64
         simd::store<kLanes>(to + column, Value{} + x * simd::load<kLanes>(y + column));
       }
     }
+    if (column == p.columns) continue;
     Product<scalar_t> one = p;
     one.out.data = p.out.at(row, 0);
     for (; column < p.columns; column += kLanes) {

@@ -257,10 +257,37 @@ TORCHEXT_INLINE void store(scalar_t* pointer, Vector<acc_type<scalar_t>, kLanes>
   }
 }
 
+// Whether part of a vector of `scalar_t` is loaded and stored by one instruction: AVX-512's, under a
+// mask.
+template <typename scalar_t, int kLanes>
+inline constexpr bool kMasked =
+#if defined(__x86_64__)
+    sizeof(acc_type<scalar_t>) * kLanes == 64;
+#else
+    false;
+#endif
+
 // The first `count` lanes (0 < count < kLanes); the others are `fill`.
 template <int kLanes, typename scalar_t>
 TORCHEXT_INLINE Vector<acc_type<scalar_t>, kLanes> load_tail(const scalar_t* pointer, int64_t count,
                                                              acc_type<scalar_t> fill) {
+  using Memory = const char(*)[kLanes * sizeof(scalar_t)];
+  if constexpr (kMasked<scalar_t, kLanes>) {
+    const auto mask = static_cast<uint16_t>((1u << count) - 1);
+    const auto& memory = *reinterpret_cast<Memory>(pointer);
+    auto value = Vector<acc_type<scalar_t>, kLanes>{} + fill;
+    if constexpr (sizeof(scalar_t) == 2) {
+      Vector<uint16_t, kLanes> narrow{};
+      asm("vmovdqu16 %1, %0%{%2%}" : "+v"(narrow) : "m"(memory), "Yk"(mask));
+      const auto wide = widen<scalar_t, kLanes>(narrow);
+      asm("vmovaps %1, %0%{%2%}" : "+v"(value) : "v"(wide), "Yk"(mask));
+    } else if constexpr (sizeof(scalar_t) == 4) {
+      asm("vmovups %1, %0%{%2%}" : "+v"(value) : "m"(memory), "Yk"(mask));
+    } else {
+      asm("vmovupd %1, %0%{%2%}" : "+v"(value) : "m"(memory), "Yk"(mask));
+    }
+    return value;
+  }
   scalar_t buffer[kLanes] = {};
   for (int64_t i = 0; i < count; ++i) buffer[i] = pointer[i];
   auto value = load<kLanes>(buffer);
@@ -271,6 +298,22 @@ TORCHEXT_INLINE Vector<acc_type<scalar_t>, kLanes> load_tail(const scalar_t* poi
 template <int kLanes, typename scalar_t>
 TORCHEXT_INLINE void store_tail(scalar_t* pointer, Vector<acc_type<scalar_t>, kLanes> value,
                                 int64_t count) {
+  using Memory = char(*)[kLanes * sizeof(scalar_t)];
+  if constexpr (kMasked<scalar_t, kLanes>) {
+    const auto mask = static_cast<uint16_t>((1u << count) - 1);
+    auto& memory = *reinterpret_cast<Memory>(pointer);
+    if constexpr (sizeof(scalar_t) == 2) {
+      scalar_t buffer[kLanes];
+      store<kLanes>(buffer, value);
+      const auto narrow = load_raw<uint16_t, kLanes>(reinterpret_cast<const uint16_t*>(buffer));
+      asm("vmovdqu16 %1, %0%{%2%}" : "+m"(memory) : "v"(narrow), "Yk"(mask));
+    } else if constexpr (sizeof(scalar_t) == 4) {
+      asm("vmovups %1, %0%{%2%}" : "+m"(memory) : "v"(value), "Yk"(mask));
+    } else {
+      asm("vmovupd %1, %0%{%2%}" : "+m"(memory) : "v"(value), "Yk"(mask));
+    }
+    return;
+  }
   scalar_t buffer[kLanes];
   store<kLanes>(buffer, value);
   for (int64_t i = 0; i < count; ++i) pointer[i] = buffer[i];
