@@ -32,12 +32,12 @@ TORCHEXT_INLINE Value picked(Pick, Value a, Value b, std::integer_sequence<int, 
   return chosen_lanes<Pick{}(kLane, int{sizeof...(kLane)})...>(kType, a, b);
 }
 
-// Turns a square of kLanes vectors: 16 bytes of each at a time, and then the squares of those. Made
-// of what x86 shuffles in one step without indices (unpack, shuf, shuff32x4), twice as fast as what
-// takes lanes by index.
+// In each 16 bytes of as many vectors as numbers fit into them: those of one vector become the same
+// place of all. Made of what x86 shuffles in one step without indices (unpack, shuf), twice as fast
+// as what takes lanes by index.
 template <int kLanes, typename Value>
-TORCHEXT_INLINE void transpose_square(Value (&rows)[kLanes]) {
-  constexpr int kSmall = 16 / static_cast<int>(sizeof(rows[0][0])), kBlocks = kLanes / kSmall;
+TORCHEXT_INLINE void transpose_blocks(Value* rows) {
+  constexpr int kSmall = 16 / static_cast<int>(sizeof(rows[0][0]));
   constexpr auto kLanesOfAll = std::make_integer_sequence<int, kLanes>{};
   const auto pick = [&](auto how, Value a, Value b)
                         __attribute__((always_inline)) { return picked(how, a, b, kLanesOfAll); };
@@ -50,22 +50,30 @@ TORCHEXT_INLINE void transpose_square(Value (&rows)[kLanes]) {
   };
   constexpr auto kLow = [](int i, int lanes) { return i / 4 * 4 + i % 2 + i % 4 / 2 * lanes; };
   constexpr auto kHigh = [](int i, int lanes) { return i / 4 * 4 + 2 + i % 2 + i % 4 / 2 * lanes; };
-#pragma GCC unroll 16
-  for (int r = 0; r < kLanes; r += kSmall) {
-    if constexpr (kSmall == 2) {
-      const Value a = rows[r], b = rows[r + 1];
-      rows[r] = pick(kFirst, a, b);
-      rows[r + 1] = pick(kSecond, a, b);
-    } else {
-      const Value a = pick(kFirst, rows[r], rows[r + 1]), b = pick(kSecond, rows[r], rows[r + 1]);
-      const Value c = pick(kFirst, rows[r + 2], rows[r + 3]),
-                  d = pick(kSecond, rows[r + 2], rows[r + 3]);
-      rows[r] = pick(kLow, a, c);
-      rows[r + 1] = pick(kHigh, a, c);
-      rows[r + 2] = pick(kLow, b, d);
-      rows[r + 3] = pick(kHigh, b, d);
-    }
+  if constexpr (kSmall == 2) {
+    const Value a = rows[0], b = rows[1];
+    rows[0] = pick(kFirst, a, b);
+    rows[1] = pick(kSecond, a, b);
+  } else {
+    const Value a = pick(kFirst, rows[0], rows[1]), b = pick(kSecond, rows[0], rows[1]);
+    const Value c = pick(kFirst, rows[2], rows[3]), d = pick(kSecond, rows[2], rows[3]);
+    rows[0] = pick(kLow, a, c);
+    rows[1] = pick(kHigh, a, c);
+    rows[2] = pick(kLow, b, d);
+    rows[3] = pick(kHigh, b, d);
   }
+}
+
+// Turns a square of kLanes vectors: 16 bytes of each at a time, and then the squares of those
+// (shuff32x4).
+template <int kLanes, typename Value>
+TORCHEXT_INLINE void transpose_square(Value (&rows)[kLanes]) {
+  constexpr int kSmall = 16 / static_cast<int>(sizeof(rows[0][0])), kBlocks = kLanes / kSmall;
+  constexpr auto kLanesOfAll = std::make_integer_sequence<int, kLanes>{};
+  const auto pick = [&](auto how, Value a, Value b)
+                        __attribute__((always_inline)) { return picked(how, a, b, kLanesOfAll); };
+#pragma GCC unroll 16
+  for (int r = 0; r < kLanes; r += kSmall) transpose_blocks<kLanes>(rows + r);
   // Blocks of 16 bytes: of two vectors both lower halves and both upper ones; or the even blocks
   // and the odd ones.
   constexpr auto kLower = [](int i, int lanes) { return i < lanes / 2 ? i : i + lanes / 2; };
@@ -91,6 +99,53 @@ TORCHEXT_INLINE void transpose_square(Value (&rows)[kLanes]) {
       rows[r + 3 * kSmall] = pick(kOdd, f, h);
     }
   }
+}
+
+// A square, turned, of kLanes rows in memory: `row(l)` is where kLanes numbers of row l stand.
+template <int kLanes, typename scalar_t, typename Row>
+TORCHEXT_INLINE void load_turned(Row row,
+                                 simd::Vector<acc_type<scalar_t>, kLanes> (&turned)[kLanes]) {
+#pragma GCC unroll 16
+  for (int l = 0; l < kLanes; ++l) turned[l] = simd::load<kLanes>(row(l));
+  transpose_square(turned);
+}
+
+// The same of float32 in AVX-512, where the blocks of 16 bytes are put where they belong as they are
+// loaded: half the shuffles are left, for which Intel's processors have one port. 4 x 784 by 784 x
+// 64 takes 10 us so and 14 (2 cores of a Xeon of family 6, model 207). Each line is read four times,
+// so the rows must not all begin in one set of the first cache.
+template <typename Row>
+TORCHEXT_INLINE void load_turned_blocks(Row row, simd::Vector<float, 16> (&turned)[16]) {
+#if defined(__x86_64__)
+  using Block = const char(*)[16];
+#pragma GCC unroll 4
+  for (int q = 0; q < 16; q += 4) {
+#pragma GCC unroll 4
+    for (int r = 0; r < 4; ++r) {
+      asm("vmovups %1, %x0\n\t"
+          "vinsertf32x4 $1, %2, %0, %0\n\t"
+          "vinsertf32x4 $2, %3, %0, %0\n\t"
+          "vinsertf32x4 $3, %4, %0, %0"
+          : "=&v"(turned[q + r])
+          : "m"(*reinterpret_cast<Block>(row(r) + q)), "m"(*reinterpret_cast<Block>(row(r + 4) + q)),
+            "m"(*reinterpret_cast<Block>(row(r + 8) + q)),
+            "m"(*reinterpret_cast<Block>(row(r + 12) + q)));
+    }
+    transpose_blocks<16>(turned + q);
+  }
+#endif
+}
+
+// Whether they are faster here for rows so many numbers apart.
+template <typename scalar_t, int kLanes>
+bool turns_blocks(int64_t stride) {
+#if defined(__x86_64__)
+  if constexpr (std::is_same_v<scalar_t, float> && kLanes == 16) {
+    static const bool intel = __builtin_cpu_is("intel");
+    return intel && stride % 1024 != 0;
+  }
+#endif
+  return false;
 }
 
 template <typename scalar_t>
@@ -138,21 +193,31 @@ TORCHEXT_INLINE void pack_panel(Matrix<const scalar_t> from, int64_t inner, int6
   constexpr int kLanes = simd::kLanesOf<Isa, scalar_t>, kPanel = 2 * kLanes;
   if (from.column_stride != 1 && from.row_stride == 1) {
     using Value = simd::Vector<acc_type<scalar_t>, kLanes>;
+    const bool blocks = turns_blocks<scalar_t, kLanes>(from.column_stride);
     for (int64_t i = 0; i < count; i += kLanes) {
       const int64_t last = std::min<int64_t>(kLanes, count - i) - 1;  // again in the lanes past it
       int64_t k = 0;
       for (; k + kLanes <= inner; k += kLanes) {
         Value square[kLanes];
-        if (last == kLanes - 1) {
-#pragma GCC unroll 16
-          for (int l = 0; l < kLanes; ++l) square[l] = simd::load<kLanes>(from.at(k, i + l));
-        } else {
-#pragma GCC unroll 16
-          for (int l = 0; l < kLanes; ++l) {
-            square[l] = simd::load<kLanes>(from.at(k, i + std::min<int64_t>(l, last)));
+        const scalar_t* first = from.at(k, i);
+        const int64_t stride = from.column_stride;
+        // Four from one address: see product_tile.
+        const auto row = [&](int l) __attribute__((always_inline)) {
+          return (first + l / 4 * 4 * stride) + l % 4 * stride;
+        };
+        const auto row_or_last = [&](int l) __attribute__((always_inline)) {
+          return first + std::min<int64_t>(l, last) * stride;
+        };
+        if (last == kLanes - 1 && blocks) {
+          if constexpr (std::is_same_v<Value, simd::Vector<float, 16>> &&
+                        std::is_same_v<scalar_t, float>) {
+            load_turned_blocks(row, square);
           }
+        } else if (last == kLanes - 1) {
+          load_turned<kLanes, scalar_t>(row, square);
+        } else {
+          load_turned<kLanes, scalar_t>(row_or_last, square);
         }
-        transpose_square(square);
 #pragma GCC unroll 16
         for (int l = 0; l < kLanes; ++l) simd::store<kLanes>(to + (k + l) * kPanel + i, square[l]);
       }

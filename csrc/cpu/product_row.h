@@ -68,13 +68,11 @@ struct ColumnsOfRow {
   TORCHEXT_INLINE void add_square(const acc_t* x, int64_t k, int64_t skipped, Value& sum) const {
     Value turned[kLanes];
     // Four from one address: see product_tile.
-#pragma GCC unroll 16
-    for (int l = 0; l < kLanes; ++l) {
-      const scalar_t* row = kWhole ? (first + k + l / 4 * 4 * stride) + l % 4 * stride
-                                   : first + k + std::min<int64_t>(l, last) * stride;
-      turned[l] = simd::load<kLanes>(row);
-    }
-    transpose_square(turned);
+    const auto row = [&](int l) __attribute__((always_inline)) {
+      return kWhole ? (first + k + l / 4 * 4 * stride) + l % 4 * stride
+                    : first + k + std::min<int64_t>(l, last) * stride;
+    };
+    load_turned<kLanes, scalar_t>(row, turned);
 #pragma GCC unroll 16
     for (int l = 0; l < kLanes; ++l) {
       if (l >= skipped) sum += simd::broadcast<Value>(x + k + l) * turned[l];
