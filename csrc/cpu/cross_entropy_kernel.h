@@ -13,7 +13,7 @@
 #include <cmath>
 #include <vector>
 
-#include "cpu/simd.h"
+#include "cpu/simd_math.h"
 #include "ops/cross_entropy.h"
 
 namespace torchext::cpu {

@@ -110,14 +110,14 @@ TORCHEXT_INLINE void load_turned(Row row,
   transpose_square(turned);
 }
 
-// The same of float32 in AVX-512, where the blocks of 16 bytes are put where they belong as they are
-// loaded: half the shuffles are left, for which Intel's processors have one port. 4 x 784 by 784 x
-// 64 takes 10 us so and 14 (2 cores of a Xeon of family 6, model 207). Each line is read four times,
-// so the rows must not all begin in one set of the first cache.
+// The same of float32 in AVX-512, where the blocks of 16 bytes are put where they belong as they
+// are loaded: half the shuffles are left, for which Intel's processors have one port. 4 x 784 by
+// 784 x 64 takes 10 us so and 14 (2 cores of a Xeon of family 6, model 207). Each line is read four
+// times, so the rows must not all begin in one set of the first cache.
 template <typename Row>
 TORCHEXT_INLINE void load_turned_blocks(Row row, simd::Vector<float, 16> (&turned)[16]) {
 #if defined(__x86_64__)
-  using Block = const char(*)[16];
+  using Block = const char (*)[16];
 #pragma GCC unroll 4
   for (int q = 0; q < 16; q += 4) {
 #pragma GCC unroll 4
@@ -127,7 +127,8 @@ TORCHEXT_INLINE void load_turned_blocks(Row row, simd::Vector<float, 16> (&turne
           "vinsertf32x4 $2, %3, %0, %0\n\t"
           "vinsertf32x4 $3, %4, %0, %0"
           : "=&v"(turned[q + r])
-          : "m"(*reinterpret_cast<Block>(row(r) + q)), "m"(*reinterpret_cast<Block>(row(r + 4) + q)),
+          : "m"(*reinterpret_cast<Block>(row(r) + q)),
+            "m"(*reinterpret_cast<Block>(row(r + 4) + q)),
             "m"(*reinterpret_cast<Block>(row(r + 8) + q)),
             "m"(*reinterpret_cast<Block>(row(r + 12) + q)));
     }
