@@ -17,7 +17,7 @@ namespace torchext::cpu {
 // Positions whose losses are summed together, where they stand side by side.
 constexpr int64_t kPositionsPerBlock = 64;
 // Elements below which another thread costs more than it saves.
-constexpr int64_t kGrain = 16384;
+constexpr int64_t kGrain = 8192;
 // Targets whose weights are summed together.
 constexpr int64_t kTargetsPerBlock = 8192;
 
