@@ -249,7 +249,8 @@ def _finish(axes: Any, title: str, results: Results) -> None:
     machine = results.machine
     device = machine.get("gpu") or f"{machine['cpu']}, {results.threads} threads"
     where = f"{device}; torch {results.versions['torch']}; commit {results.commit}"
-    axes.set_title(f"{title}\n{where}", loc="left", fontsize=9)
+    # Of the figure, not of the axes: those may be narrow beside long labels.
+    axes.figure.suptitle(f"{title}\n{where}", x=0.01, ha="left", fontsize=9)
     axes.grid(alpha=0.3, which="major")
     axes.spines[["top", "right"]].set_visible(False)
     axes.set_axisbelow(True)

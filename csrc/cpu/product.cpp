@@ -267,8 +267,9 @@ void Product<scalar_t>::run() const {
     return;
   }
   // Where every thread has enough of its own, it packs for itself: what another one has packed
-  // comes from that core's cache. Of the two matrices, all threads read the smaller one.
-  const bool rows_shared = rows > columns;
+  // comes from that core's cache. Of the two matrices all threads read the smaller one, but for
+  // `by_rows`.
+  const bool rows_shared = rows > columns || (by_rows && rows / shares >= kOwnShare);
   const int64_t of_a_share = rows_shared ? rows / shares : panels / shares * wide;
   if (shares == 1 || of_a_share < kOwnShare) return run_packed(tasks, shares);
   for_each_block(shares, 1, [&](int64_t begin, int64_t end) {
