@@ -32,7 +32,7 @@ struct Product {
   const scalar_t* bias = nullptr;  // or null
   bool relu = false;
   // Threads share the rows, and a few columns after them: by what out's neighbours are used with.
-  // Of small products, pairs apart.
+  // Not of pairs.
   bool by_rows = false;
   bool by_pairs = false;  // bfloat16 may be multiplied by pairs
 

@@ -195,8 +195,8 @@ inline std::pair<int64_t, int64_t> strip_rows(int64_t rows, int64_t strips, int6
   return {rows * index / strips, rows * (index + 1) / strips};
 }
 
-// Memory of the thread that it keeps: a strip, a panel, and the panels that all threads read
-// (`which`). At most 4 MiB.
+// Memory of the thread that it keeps (`which`): strips, a panel, and the panels that are packed
+// together, for all threads or for itself. At most 4 MiB of those.
 template <typename scalar_t>
 scalar_t* scratch(int which, int64_t size) {
   static thread_local std::vector<scalar_t> buffers[3];
