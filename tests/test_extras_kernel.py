@@ -132,6 +132,11 @@ def test_rows_that_are_not_finite(
             if dtype.itemsize == 2:
                 near = {"rtol": 1e-2, "atol": 1e-2}
             for actual, other in zip(ours[:-1], exact[:-1], strict=True):
+                rounds = backend == "eager" and dtype.itemsize == 2 and softcap is not None
+                if rounds and not other.is_floating_point():
+                    # Torch's ops round the logits that they cap: two near the largest may be equal.
+                    capped = softcap * (logits.double() / softcap).tanh()
+                    actual, other = (capped.gather(1, at[:, None]) for at in (actual, other))
                 torch.testing.assert_close(actual.to(other.dtype), other, equal_nan=True, **near)
             # A row of which torch's gradient is NaN in parts is NaN in ours in at least those.
             nan = exact[-1].isnan()
