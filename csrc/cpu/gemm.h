@@ -70,7 +70,7 @@ struct Also {
 };
 
 // out = left @ right and what goes with it, by our own kernel where it serves the call
-// (product.cpp, product_pairs.cpp) and measured faster than the library's; returns whether it did.
+// and measured faster than the library's (product_choice.cpp); returns whether it did.
 // Otherwise nothing has happened.
 template <typename scalar_t>
 bool own_product(const Tensor& out, const Tensor& left, const Tensor& right,

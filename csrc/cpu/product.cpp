@@ -1,11 +1,9 @@
 // Products of our own: how one is shared out, and what is packed when.
 #include "cpu/product.h"
 
-#if defined(__x86_64__)
-#include <cpuid.h>
-#endif
-
 #include <algorithm>
+#include <limits>
+#include <numeric>
 
 #include "cpu/dispatch.h"
 #include "cpu/product_kernel.h"
@@ -22,20 +20,25 @@ constexpr int64_t kBlockRows = 96;
 // Rows or columns of a thread from which on it packs its own panels.
 constexpr int64_t kOwnShare = 128;
 // Steps of an inner dimension up to which threads may share rows (`Product::by_rows`): then each of
-// them packs the whole right matrix.
+// them packs the whole right matrix. With AVX2 the left one is what costs: the weight's gradient of
+// 1000 x 128 x 128 takes 1.05 of MKL's time by rows and 1.17 by columns, of 2000 x 64 x 64 1.02 and
+// 1.17 (2 cores of Zen 3, float32).
 constexpr int64_t kByRowsInner = 512;
+constexpr int64_t kByRowsInnerAvx2 = 4096;
 // Panels from which on the left matrix is packed: for fewer it is read as often where it stands.
 // 4096 x 784 by 784 x 64 takes 2.3 ms so, 2.9 packed; by 784 x 224 7.4 and 8.0 (Zen 4, float32).
+// AVX2's strips are of half the rows: there it always is (by MKL's time on 2 cores of Zen 3,
+// forward of 1000 x 128 x 128 1.0 so, 1.15 packed, of 300 x 100 x 500 1.06 and 1.35).
 constexpr int64_t kPackLeft = 8;
 // The same where all rows of a strip begin in one set of the first cache: by 1024 x 160 7.4 packed,
 // 8.3 where it stands.
 constexpr int64_t kPackLeftCrowded = 5;
 constexpr int64_t kCrowdedBytes = 4096;
-// Rows from which on our kernel is taken in place of MKL's AVX-512 where the right matrix has few
-// bytes: 4096 x 784 by 784 x 64 0.80 of its time, 4096 x 64 by 64 x 784 0.98, 2048 x 256 by 256 x
-// 256 1.05 to 1.12 (2 cores of an Intel Xeon of family 6, model 207, float32).
-constexpr int64_t kManyRows = 512;
-constexpr int64_t kShortRight = int64_t{256} << 10;
+// The same where columns of the left matrix crowd the first cache (`crowds`), and rows from which
+// on the right one is packed where its rows do; lines of a set that one of them may take.
+constexpr int64_t kPackLeftColumns = 2;
+constexpr int64_t kRowsOfPanel = 24;
+constexpr int64_t kLinesOfSet = 4;
 // Bytes of panels that are packed at once.
 constexpr int64_t kPackedBytes = int64_t{4} << 20;
 // Bytes between the first and the last row of panels that are read where they stand.
@@ -120,30 +123,26 @@ int64_t panel_columns() {
   }
 }
 
-// Whether the library multiplies these 16-bit numbers by instructions of their own: what it does
-// without them, or oneDNN in their place, is slower than float32.
-template <typename scalar_t>
-bool library_multiplies() {
-#if defined(__x86_64__)
-  if constexpr (std::is_same_v<scalar_t, simd::BFloat16>) {
-    static const bool here = __builtin_cpu_supports("avx512bf16");
-    return here;
-  }
-  static const bool here = [] {
-    unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
-    constexpr unsigned kAvx512Fp16 = 1u << 23;
-    return __get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) && (edx & kAvx512Fp16) != 0;
-  }();
-  return here;
-#else
-  return true;
-#endif
+bool wide_vectors() { return simd::level() == simd::Level::kAvx512; }
+
+// Panels from which on the left matrix is packed, where nothing crowds.
+int64_t pack_left_from() {
+  return wide_vectors() ? kPackLeft : std::numeric_limits<int64_t>::max();
 }
 
-// Multiplications up to which our kernel without pairs is always taken: for narrow numbers that the
-// library has instructions for, what its call costs; else what it is slow at.
+// Whether the inner steps of one visit, so many numbers apart, begin in few sets of the first
+// cache: then what a tile reads of them in place leaves the cache before the next tile reads it.
+// Measured with AVX2 alone: weights' gradients of 64 x 512 x 512 take 1.06 to 1.1 of MKL's time
+// packed, 1.17 in place, of 64 x 128 x 1024 1.03 and 1.17 (2 cores of Zen 3, float32).
 template <typename scalar_t>
-constexpr int64_t kSmall = int64_t{1} << (sizeof(scalar_t) == 2 ? 18 : 24);
+bool crowds(const Product<scalar_t>& product, int64_t stride) {
+  if (wide_vectors()) return false;
+  constexpr int64_t kLine = 64, kSets = 64;
+  const int64_t bytes = stride * int64_t{sizeof(scalar_t)};
+  if (bytes % kLine != 0) return false;
+  const int64_t sets = kSets / std::gcd(bytes / kLine, kSets);
+  return Parts<acc_type<scalar_t>>(product.inner).longest() > kLinesOfSet * sets;
+}
 
 // Blocks of rows times panels that are packed together, by as many threads as there are shares.
 template <typename scalar_t>
@@ -157,7 +156,9 @@ void run_packed(Tasks<scalar_t> tasks, int64_t shares) {
       std::max<int64_t>(1, kPackedBytes / (parts.longest() * wide * int64_t{sizeof(acc_t)}));
   tasks.packed = scratch<acc_t>(2, std::min(panels, at_once) * parts.longest() * wide);
   const bool crowded = p.left.row_stride * int64_t{sizeof(scalar_t)} % kCrowdedBytes == 0;
-  tasks.pack_left = panels >= (crowded ? kPackLeftCrowded : kPackLeft);
+  tasks.pack_left = panels >= (crowds(p, p.left.column_stride) ? kPackLeftColumns
+                               : crowded                       ? kPackLeftCrowded
+                                                               : pack_left_from());
   tasks.row_blocks = divide_up(p.rows, kBlockRows);
   for (int64_t first = panel_begin; first < panel_end; first += at_once) {
     tasks.panel_begin = first;
@@ -183,51 +184,6 @@ void run_packed(Tasks<scalar_t> tasks, int64_t shares) {
 
 }  // namespace
 
-// In float32 and float64: measured on Zen 5 (2 cores, float32, GFLOP/s of ours and of MKL 2024.2,
-// which takes AVX2 there): 1024 x 1024 x 1024 445 and 208, 512 x 512 x 32000 400 and 200,
-// 100 x 784 x 64 in one thread 217 and 100. With AVX2 alone ours and MKL's are even from there on.
-// Where MKL has AVX-512 of its own (Intel) most large products stay with it (see kManyRows):
-// 4096 x 1024 x 1024 takes 1.06 of its time by ours.
-//
-// In bfloat16 and float16 where the library has no instructions for them (GFLOP/s of ours and of
-// its for 1024 x 784 x 64, its input's and its weight's gradient, 2 cores of an Intel Xeon of
-// family 6, model 207, without AVX512_BF16 and AVX512_FP16): bfloat16 237, 233, 239 and 60, 59, 59;
-// float16 220, 159, 178 and 28, 2.4, 3.5.
-template <typename scalar_t>
-bool all_products_serve() {
-  if (simd::level() == simd::Level::kBaseline) return false;
-  if constexpr (sizeof(scalar_t) == 2) return !library_multiplies<scalar_t>();
-#if defined(__x86_64__)
-  static const bool intel = __builtin_cpu_is("intel");
-  return simd::level() == simd::Level::kAvx512 && !intel;
-#else
-  return false;
-#endif
-}
-
-template <typename scalar_t>
-bool product_may_serve(int64_t multiplications) {
-  if (simd::level() == simd::Level::kBaseline) return false;
-  if (multiplications <= kSmall<scalar_t> || all_products_serve<scalar_t>()) return true;
-  if constexpr (std::is_same_v<scalar_t, simd::BFloat16>) return multiplies_pairs();
-  return sizeof(scalar_t) != 2 && simd::level() == simd::Level::kAvx512;
-}
-
-template <typename scalar_t>
-bool product_serves(const Product<scalar_t>& product) {
-  const int64_t multiplications = product.rows * product.inner * product.columns;
-  if (!product_may_serve<scalar_t>(multiplications)) return false;
-  if constexpr (std::is_same_v<scalar_t, simd::BFloat16>) {
-    if (pairs_serve(product)) return true;
-  }
-  if (sizeof(scalar_t) == 2 && product.accumulate) return false;
-  if (multiplications <= kSmall<scalar_t> || all_products_serve<scalar_t>()) return true;
-  // Of MKL's AVX-512.
-  constexpr int64_t kBytes = sizeof(scalar_t);
-  return kBytes > 2 && product.rows >= kManyRows &&
-         product.inner * product.columns * kBytes < kShortRight;
-}
-
 template <typename scalar_t>
 void Product<scalar_t>::run() const {
   using acc_t = acc_type<scalar_t>;
@@ -249,18 +205,20 @@ void Product<scalar_t>::run() const {
   }
   const bool direct =
       !kNarrow && right.column_stride == 1 &&
+      (rows < kRowsOfPanel || !crowds(*this, right.row_stride)) &&
       parts.longest() * right.row_stride * int64_t{sizeof(scalar_t)} <= kDirectBytes;
   Tasks<scalar_t> tasks{this, 1, 1, 0, panels, 0, parts.visits, nullptr, false, !direct, {}};
   std::vector<acc_t> sums(keeps_sums ? rows * panels * wide : 0);
   tasks.sums = {keeps_sums ? sums.data() : nullptr, panels * wide, 1};
   if (rows <= kFewRows) {
-    if (by_rows && rows >= shares && inner <= kByRowsInner) {
+    if (by_rows && rows >= shares && inner <= (wide_vectors() ? kByRowsInner : kByRowsInnerAvx2)) {
       tasks.row_blocks = std::max(shares, divide_up(rows, kFewRows));
     } else {
       tasks.panel_groups = std::min(panels, shares);
       tasks.row_blocks = std::max(divide_up(shares, tasks.panel_groups), divide_up(rows, kFewRows));
     }
-    tasks.pack_left = panels / tasks.panel_groups >= kPackLeft;
+    tasks.pack_left = panels / tasks.panel_groups >=
+                      (crowds(*this, left.column_stride) ? kPackLeftColumns : pack_left_from());
     const int64_t count = tasks.row_blocks * tasks.panel_groups;
     for_each_block(count, divide_up(count, shares),
                    [&](int64_t begin, int64_t end) { run_product<scalar_t>(tasks, begin, end); });
@@ -351,17 +309,5 @@ template void Product<float>::run() const;
 template void Product<double>::run() const;
 template void Product<simd::BFloat16>::run() const;
 template void Product<simd::Half>::run() const;
-template bool product_serves(const Product<float>& product);
-template bool product_serves(const Product<double>& product);
-template bool product_serves(const Product<simd::BFloat16>& product);
-template bool product_serves(const Product<simd::Half>& product);
-template bool product_may_serve<float>(int64_t multiplications);
-template bool all_products_serve<float>();
-template bool product_may_serve<double>(int64_t multiplications);
-template bool all_products_serve<double>();
-template bool product_may_serve<simd::BFloat16>(int64_t multiplications);
-template bool all_products_serve<simd::BFloat16>();
-template bool product_may_serve<simd::Half>(int64_t multiplications);
-template bool all_products_serve<simd::Half>();
 
 }  // namespace torchext::cpu

@@ -266,6 +266,15 @@ inline constexpr bool kMasked =
     false;
 #endif
 
+// Whether it is loaded so alone: AVX2's, of 4 and 8 bytes.
+template <typename scalar_t, int kLanes>
+inline constexpr bool kMaskedLoads =
+#if defined(__x86_64__)
+    sizeof(scalar_t) >= 4 && sizeof(scalar_t) * kLanes == 32;
+#else
+    false;
+#endif
+
 // The first `count` lanes (0 < count < kLanes); the others are `fill`.
 template <int kLanes, typename scalar_t>
 TORCHEXT_INLINE Vector<acc_type<scalar_t>, kLanes> load_tail(const scalar_t* pointer, int64_t count,
@@ -286,6 +295,20 @@ TORCHEXT_INLINE Vector<acc_type<scalar_t>, kLanes> load_tail(const scalar_t* poi
       asm("vmovupd %1, %0%{%2%}" : "+v"(value) : "m"(memory), "Yk"(mask));
     }
     return value;
+  }
+  if constexpr (kMaskedLoads<scalar_t, kLanes>) {
+    using Lane = std::conditional_t<sizeof(scalar_t) == 8, int64_t, int32_t>;
+    Vector<Lane, kLanes> lane{};
+    for (int i = 0; i < kLanes; ++i) lane[i] = i;
+    const Vector<Lane, kLanes> mask = lane < Vector<Lane, kLanes>{} + static_cast<Lane>(count);
+    const auto& memory = *reinterpret_cast<Memory>(pointer);
+    Vector<scalar_t, kLanes> value;
+    if constexpr (sizeof(scalar_t) == 4) {
+      asm("vmaskmovps %2, %1, %0" : "=x"(value) : "x"(mask), "m"(memory));
+    } else {
+      asm("vmaskmovpd %2, %1, %0" : "=x"(value) : "x"(mask), "m"(memory));
+    }
+    return mask ? value : Vector<scalar_t, kLanes>{} + fill;
   }
   scalar_t buffer[kLanes] = {};
   for (int64_t i = 0; i < count; ++i) buffer[i] = pointer[i];
@@ -315,7 +338,15 @@ TORCHEXT_INLINE void store_tail(scalar_t* pointer, Vector<acc_type<scalar_t>, kL
   }
   scalar_t buffer[kLanes];
   store<kLanes>(buffer, value);
-  for (int64_t i = 0; i < count; ++i) pointer[i] = buffer[i];
+  // By halves. AVX2's masked stores take as long as a loop.
+  const scalar_t* from = buffer;
+#pragma GCC unroll 4
+  for (int step = kLanes / 2; step > 0; step /= 2) {
+    if (!(count & step)) continue;
+    __builtin_memcpy(static_cast<void*>(pointer), from, step * sizeof(scalar_t));
+    pointer += step;
+    from += step;
+  }
 }
 
 // The lower (0) or upper (1) half of a vector's lanes.

@@ -1,0 +1,114 @@
+// Which products are our own kernel's (product.cpp), and which the library's.
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+
+#include <type_traits>
+
+#include "cpu/product.h"
+#include "cpu/simd.h"
+
+namespace torchext::cpu {
+namespace {
+
+// Rows from which on our kernel is taken in place of MKL's where the right matrix has few bytes. Of
+// MKL's AVX-512, 4096 x 784 by 784 x 64 takes 0.80 of its time, 4096 x 64 by 64 x 784 0.98, 2048 x
+// 256 by 256 x 256 1.05 to 1.12 (2 cores of an Intel Xeon of family 6, model 207, float32). Of what
+// MKL does with AVX2 on AMD, 4096 x 784 x 64 with bias and ReLU takes 0.79 of eager's (0.98 by
+// MKL), the gradient of its input 0.79 and 0.93 (1.00), but that of 1000 x 784 x 64 up to 1.16 and
+// 512 x 512 x 512 1.1 to 1.2 (2 cores of Zen 3).
+constexpr int64_t kManyRows = 512;
+constexpr int64_t kManyRowsAvx2 = 2048;
+constexpr int64_t kShortRight = int64_t{256} << 10;
+
+bool is_intel() {
+#if defined(__x86_64__)
+  static const bool here = __builtin_cpu_is("intel");
+  return here;
+#else
+  return false;
+#endif
+}
+
+// Whether the library multiplies these 16-bit numbers by instructions of their own: what it does
+// without them, or oneDNN in their place, is slower than float32.
+template <typename scalar_t>
+bool library_multiplies() {
+#if defined(__x86_64__)
+  if constexpr (std::is_same_v<scalar_t, simd::BFloat16>) {
+    static const bool here = __builtin_cpu_supports("avx512bf16");
+    return here;
+  }
+  static const bool here = [] {
+    unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
+    constexpr unsigned kAvx512Fp16 = 1u << 23;
+    return __get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) && (edx & kAvx512Fp16) != 0;
+  }();
+  return here;
+#else
+  return true;
+#endif
+}
+
+// Multiplications up to which our kernel without pairs is always taken: for narrow numbers that the
+// library has instructions for, what its call costs; else what it is slow at.
+template <typename scalar_t>
+constexpr int64_t kSmall = int64_t{1} << (sizeof(scalar_t) == 2 ? 18 : 24);
+
+}  // namespace
+
+// In float32 and float64: measured on Zen 5 (2 cores, float32, GFLOP/s of ours and of MKL 2024.2,
+// which takes AVX2 there): 1024 x 1024 x 1024 445 and 208, 512 x 512 x 32000 400 and 200,
+// 100 x 784 x 64 in one thread 217 and 100. With AVX2 alone, and where MKL has AVX-512 of its own
+// (Intel), most large products stay with it (see kManyRows): 4096 x 1024 x 1024 takes 1.06 of its
+// time by ours on Intel.
+//
+// In bfloat16 and float16 where the library has no instructions for them (GFLOP/s of ours and of
+// its for 1024 x 784 x 64, its input's and its weight's gradient, 2 cores of an Intel Xeon of
+// family 6, model 207, without AVX512_BF16 and AVX512_FP16): bfloat16 237, 233, 239 and 60, 59, 59;
+// float16 220, 159, 178 and 28, 2.4, 3.5.
+template <typename scalar_t>
+bool all_products_serve() {
+  if (simd::level() == simd::Level::kBaseline) return false;
+  if constexpr (sizeof(scalar_t) == 2) return !library_multiplies<scalar_t>();
+  return simd::level() == simd::Level::kAvx512 && !is_intel();
+}
+
+template <typename scalar_t>
+bool product_may_serve(int64_t multiplications) {
+  if (simd::level() == simd::Level::kBaseline) return false;
+  if (multiplications <= kSmall<scalar_t> || all_products_serve<scalar_t>()) return true;
+  if constexpr (std::is_same_v<scalar_t, simd::BFloat16>) return multiplies_pairs();
+  // Of many rows; of Intel's AVX2 nothing was measured.
+  return sizeof(scalar_t) != 2 && (simd::level() == simd::Level::kAvx512 || !is_intel());
+}
+
+template <typename scalar_t>
+bool product_serves(const Product<scalar_t>& product) {
+  const int64_t multiplications = product.rows * product.inner * product.columns;
+  if (!product_may_serve<scalar_t>(multiplications)) return false;
+  if constexpr (std::is_same_v<scalar_t, simd::BFloat16>) {
+    if (pairs_serve(product)) return true;
+  }
+  if (sizeof(scalar_t) == 2 && product.accumulate) return false;
+  if (multiplications <= kSmall<scalar_t> || all_products_serve<scalar_t>()) return true;
+  constexpr int64_t kBytes = sizeof(scalar_t);
+  const bool wide = simd::level() == simd::Level::kAvx512;
+  return kBytes > 2 && product.rows >= (wide ? kManyRows : kManyRowsAvx2) &&
+         product.inner * product.columns * kBytes < kShortRight;
+}
+
+template bool product_serves(const Product<float>& product);
+template bool product_serves(const Product<double>& product);
+template bool product_serves(const Product<simd::BFloat16>& product);
+template bool product_serves(const Product<simd::Half>& product);
+template bool product_may_serve<float>(int64_t multiplications);
+template bool all_products_serve<float>();
+template bool product_may_serve<double>(int64_t multiplications);
+template bool all_products_serve<double>();
+template bool product_may_serve<simd::BFloat16>(int64_t multiplications);
+template bool all_products_serve<simd::BFloat16>();
+template bool product_may_serve<simd::Half>(int64_t multiplications);
+template bool all_products_serve<simd::Half>();
+
+}  // namespace torchext::cpu
