@@ -10,6 +10,7 @@ python -m benchmarks readme [--check]                         the README's secti
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -24,7 +25,9 @@ from benchmarks.case import DIRECTIONS, parse_shape
 from benchmarks.harness import Settings
 from benchmarks.results import Results, load_folder, save, save_csv
 
-_FULL = {"passes": 3, "seconds": 3.0, "least_rounds": 5, "most_rounds": 60}
+_FULL = {
+    "passes": 3, "seconds": 3.0, "least_rounds": 5, "most_rounds": 60, "slow": math.inf
+}  # fmt: skip
 _DTYPES = ("float32", "float64", "bfloat16", "float16")
 
 
@@ -102,6 +105,7 @@ def _settings(options: argparse.Namespace) -> Settings:
         "seconds": options.seconds,
         "passes": options.passes,
         "least_rounds": options.rounds,
+        "slow": None if options.rounds is None else math.inf,
     }
     return replace(settings, **{key: value for key, value in given.items() if value is not None})
 

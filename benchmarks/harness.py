@@ -70,7 +70,8 @@ class Settings:
     device: str = "cpu"
     passes: int = 2  # how often a suite goes through its cases
     seconds: float = 0.8  # for the rounds of a case in a pass
-    least_rounds: int = 4  # in a pass, however long they take
+    least_rounds: int = 4  # in a pass, however long they take,
+    slow: float = 4.0  # unless two have taken so many seconds
     most_rounds: int = 25
     sample_ms: float = 2.0  # what one sample lasts at the least: short calls are repeated in it
     memory: bool = True
@@ -198,7 +199,10 @@ def interleave(
     with no_garbage_collection():
         begin = time.perf_counter()
         for number in range(settings.most_rounds):
-            if number >= settings.least_rounds and time.perf_counter() - begin > settings.seconds:
+            elapsed = time.perf_counter() - begin
+            if number >= 2 and elapsed > settings.slow:
+                break
+            if number >= settings.least_rounds and elapsed > settings.seconds:
                 break
             for name in order if number % 2 == 0 else reversed(order):
                 samples[name].append(sample(tasks[name], calls[name], clock))

@@ -145,6 +145,9 @@ def test_providers_take_turns():
     rounds = [calls[index : index + 3] for index in range(0, 12, 3)]
     assert all(sorted(each) == ["a", "b", "c"] for each in rounds)
     assert len({each[0] for each in rounds}) > 1  # nobody is always first
+    slow = replace(settings, slow=0.0)
+    samples = harness.interleave(tasks, dict.fromkeys("abc", 1), slow, harness.wall_clock)
+    assert {len(values) for values in samples.values()} == {2}
 
 
 def test_a_sample_of_several_calls_begins_with_one_that_is_not_timed():
