@@ -21,14 +21,14 @@ constexpr int64_t kBlockRows = 96;
 constexpr int64_t kOwnShare = 128;
 // Steps of an inner dimension up to which threads may share rows (`Product::by_rows`): then each of
 // them packs the whole right matrix. With AVX2 the left one is what costs: the weight's gradient of
-// 1000 x 128 x 128 takes 1.05 of MKL's time by rows and 1.17 by columns, of 2000 x 64 x 64 1.02 and
-// 1.17 (2 cores of Zen 3, float32).
+// 1000 x 128 x 128 takes 1.05 of eager's time by rows and 1.17 by columns, of 2000 x 64 x 64 1.02
+// and 1.17 (2 cores of Zen 3, float32).
 constexpr int64_t kByRowsInner = 512;
 constexpr int64_t kByRowsInnerAvx2 = 4096;
 // Panels from which on the left matrix is packed: for fewer it is read as often where it stands.
 // 4096 x 784 by 784 x 64 takes 2.3 ms so, 2.9 packed; by 784 x 224 7.4 and 8.0 (Zen 4, float32).
-// AVX2's strips are of half the rows: there it always is (by MKL's time on 2 cores of Zen 3,
-// forward of 1000 x 128 x 128 1.0 so, 1.15 packed, of 300 x 100 x 500 1.06 and 1.35).
+// AVX2's strips are of half the rows: there it always is (of eager's time on 2 cores of Zen 3,
+// forward of 1000 x 128 x 128 1.0 so, 1.15 packed, of 300 x 100 x 500 1.07 and 1.35).
 constexpr int64_t kPackLeft = 8;
 // The same where all rows of a strip begin in one set of the first cache: by 1024 x 160 7.4 packed,
 // 8.3 where it stands.
@@ -132,7 +132,7 @@ int64_t pack_left_from() {
 
 // Whether the inner steps of one visit, so many numbers apart, begin in few sets of the first
 // cache: then what a tile reads of them in place leaves the cache before the next tile reads it.
-// Measured with AVX2 alone: weights' gradients of 64 x 512 x 512 take 1.06 to 1.1 of MKL's time
+// Measured with AVX2 alone: weights' gradients of 64 x 512 x 512 take 1.06 to 1.1 of eager's time
 // packed, 1.17 in place, of 64 x 128 x 1024 1.03 and 1.17 (2 cores of Zen 3, float32).
 template <typename scalar_t>
 bool crowds(const Product<scalar_t>& product, int64_t stride) {

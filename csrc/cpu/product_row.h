@@ -15,7 +15,7 @@ struct RowProduct {
   const acc_type<scalar_t>* left;
 };
 
-// What ends a sum: product_tile's last lines. `carried` is what visits before this one, or out
+// What ends a sum: see finish_tile. `carried` is what visits before this one, or out
 // where it is added to, have left.
 template <int kLanes, typename scalar_t>
 TORCHEXT_INLINE void finish_row(const Product<scalar_t>& p, int64_t column,
@@ -30,7 +30,8 @@ TORCHEXT_INLINE void finish_row(const Product<scalar_t>& p, int64_t column,
     return whole ? simd::load<kLanes>(from) : simd::load_tail<kLanes>(from, count, 0);
   };
   scalar_t* to = p.out.at(0, column);
-  Value value = sum + (p.bias && ends ? read(p.bias + column) : Value{});
+  Value value = sum;
+  if (p.bias && ends) value += read(p.bias + column);
   if (total) value += *total;
   if (accumulate) value += carried;
   if (!ends) {
