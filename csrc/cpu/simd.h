@@ -338,7 +338,7 @@ TORCHEXT_INLINE void store_tail(scalar_t* pointer, Vector<acc_type<scalar_t>, kL
   }
   scalar_t buffer[kLanes];
   store<kLanes>(buffer, value);
-  // By halves. AVX2's masked stores take as long as a loop.
+  // By halves: count < kLanes, so its bits say which.
   const scalar_t* from = buffer;
 #pragma GCC unroll 4
   for (int step = kLanes / 2; step > 0; step /= 2) {
