@@ -19,6 +19,15 @@ constexpr int64_t kFewRows = 128;
 constexpr int64_t kBlockRows = 96;
 // Rows or columns of a thread from which on it packs its own panels.
 constexpr int64_t kOwnShare = 128;
+// Panels up to which it always does: there are no more threads' packing to wait for. Forward of 129
+// x 2048 x 32 takes 0.84 of eager's time so, 1.5 to 1.8 with a panel from the other thread, of 250
+// x 784 x 80 0.95 and 1.13 (2 cores of Zen 4, float32).
+constexpr int64_t kOwnPanels = 3;
+// Steps of an inner dimension up to which threads share out's rows, for they are in each other's
+// way where they write halves of one: forward of 500 x 16 x 512 takes 0.72 to 0.87 of eager's time
+// by rows and 1.3 to 1.38 by columns, of 500 x 128 x 512 0.84 to 0.9 and 1.0 to 1.2, of 500 x 512 x
+// 512 the same (2 cores of Zen 4, float32).
+constexpr int64_t kShortInner = 256;
 // Steps of an inner dimension up to which threads may share rows (`Product::by_rows`): then each of
 // them packs the whole right matrix. With AVX2 the left one is what costs: the weight's gradient of
 // 1000 x 128 x 128 takes 1.05 of eager's time by rows and 1.17 by columns, of 2000 x 64 x 64 1.02
@@ -33,7 +42,6 @@ constexpr int64_t kPackLeft = 8;
 // The same where all rows of a strip begin in one set of the first cache: by 1024 x 160 7.4 packed,
 // 8.3 where it stands.
 constexpr int64_t kPackLeftCrowded = 5;
-constexpr int64_t kCrowdedBytes = 4096;
 // The same where columns of the left matrix crowd the first cache (`crowds`), and rows from which
 // on the right one is packed where its rows do; lines of a set that one of them may take.
 constexpr int64_t kPackLeftColumns = 2;
@@ -226,10 +234,12 @@ void Product<scalar_t>::run() const {
   }
   // Where every thread has enough of its own, it packs for itself: what another one has packed
   // comes from that core's cache. Of the two matrices all threads read the smaller one, but for
-  // `by_rows`.
-  const bool rows_shared = rows > columns || (by_rows && rows / shares >= kOwnShare);
+  // `by_rows` and where most of the time is out's.
+  const bool rows_shared =
+      rows > columns || ((by_rows || inner <= kShortInner) && rows / shares >= kOwnShare);
   const int64_t of_a_share = rows_shared ? rows / shares : panels / shares * wide;
-  if (shares == 1 || of_a_share < kOwnShare) return run_packed(tasks, shares);
+  if (shares == 1 || (of_a_share < kOwnShare && panels > kOwnPanels))
+    return run_packed(tasks, shares);
   for_each_block(shares, 1, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       Product part = *this;
