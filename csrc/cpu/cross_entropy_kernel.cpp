@@ -38,12 +38,11 @@ TORCHEXT_SIMD_FUNCTION(rows, row_blocks, CrossEntropyArgs)
 template <class Isa, typename scalar_t>
 TORCHEXT_INLINE void tile_blocks(const CrossEntropyArgs<scalar_t>& args, int64_t begin,
                                  int64_t end) {
-  std::vector<acc_type<scalar_t>> scratch;
-  std::vector<scalar_t> padded;
+  AlignedBuffer<acc_type<scalar_t>> exps, columns;
   for (int64_t block = begin; block < end; ++block) {
     const double loss = args.dense()
-                            ? process_block<Isa, scalar_t, true>(args, block, scratch, padded)
-                            : process_block<Isa, scalar_t, false>(args, block, scratch, padded);
+                            ? process_block<Isa, scalar_t, true>(args, block, exps, columns)
+                            : process_block<Isa, scalar_t, false>(args, block, exps, columns);
     if (args.block_losses) args.block_losses[block] = loss;
   }
 }

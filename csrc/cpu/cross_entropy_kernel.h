@@ -28,7 +28,8 @@ constexpr int64_t kRowsPerBlock = 16;
 constexpr int64_t kMaxChunks = 64;
 constexpr int64_t kChunk = 2048;
 // Rows of no more classes than this go into lanes (cross_entropy_tile.h): a vector for each would
-// be mostly empty. At least the lanes of the widest vector.
+// be mostly empty. Of 4096 x 40 floats the losses take 120 us so and 180 by rows, of 4096 x 48 110
+// and 105 to 165 (a core of Zen 4). At least the lanes of the widest vector.
 constexpr int64_t kFewClasses = 48;
 
 template <typename scalar_t>

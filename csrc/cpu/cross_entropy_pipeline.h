@@ -5,6 +5,7 @@
 #pragma once
 
 #include "cpu/cross_entropy_kernel.h"
+#include "cpu/memory.h"
 
 namespace torchext::cpu {
 
@@ -19,6 +20,9 @@ bool pipelined(const CrossEntropyArgs<scalar_t>& args) {
   return !args.backward && Chunks(args.shape.classes).end(0) == args.shape.classes;
 }
 
+// Rows are never copied: a copy is read by vectors over what was just written number by number, and
+// waits until that is in the cache. 4096 x 64 floats take 207 us with such copies, 131 without (a
+// core of Zen 4).
 template <typename scalar_t>
 struct PipelinedRow {
   using acc_t = acc_type<scalar_t>;
@@ -29,15 +33,27 @@ struct PipelinedRow {
   acc_t target_x, target_weight, g;
   RowSums<acc_t> sums;
 
-  template <bool kDense>
-  acc_t loss() const {
-    const acc_t log_sum = std::log(sums.sum);
-    acc_t loss = index < 0 ? acc_t{0} : target_weight * (log_sum - (target_x - sums.max));
-    if constexpr (kDense) loss += sums.mass * log_sum - sums.dot;
-    return loss;
-  }
   // What the exponentials are multiplied by.
   acc_t scale() const { return g * (target_weight + sums.mass) / sums.sum; }
+};
+
+// What the losses of a block's rows are made of.
+template <typename acc_t>
+struct FinishedRows {
+  int64_t count = 0, position[kRowsPerBlock];
+  acc_t target_weight[kRowsPerBlock], shifted[kRowsPerBlock];  // x_t - max
+  acc_t max[kRowsPerBlock], sum[kRowsPerBlock], mass[kRowsPerBlock], dot[kRowsPerBlock];
+
+  template <typename scalar_t>
+  void add(const PipelinedRow<scalar_t>& row) {
+    position[count] = row.position;
+    target_weight[count] = row.target_weight;
+    shifted[count] = row.target_x - row.sums.max;
+    max[count] = row.sums.max;
+    sum[count] = row.sums.sum;
+    mass[count] = row.sums.mass;
+    dot[count++] = row.sums.dot;
+  }
 };
 
 // The largest class but NaN.
@@ -142,12 +158,10 @@ TORCHEXT_INLINE void pipelined_rows(const CrossEntropyArgs<scalar_t>& args, int6
   const int64_t classes = args.shape.classes;
   constexpr int64_t kLine = 64 / sizeof(acc_t);
   const int64_t stride = (classes + kLine - 1) / kLine * kLine;
-  // The exponentials of two rows, from a cache line on, and where the gradient of the row before
-  // the first one goes.
-  std::vector<acc_t> memory(kGradient ? 2 * stride + kLine : 0);
+  // The exponentials of two rows, and where the gradient of the row before the first one goes.
+  AlignedBuffer<acc_t> buffer;
   std::vector<scalar_t> nowhere(kGradient ? classes : 0);
-  acc_t* exps = memory.data();
-  while (reinterpret_cast<uintptr_t>(exps) % 64 != 0) ++exps;
+  acc_t* const exps = kGradient ? buffer.of_size(2 * stride) : nullptr;
 
   // The first row from p on that counts; those before it are done with.
   const auto counted = [&](int64_t p) {
@@ -161,8 +175,7 @@ TORCHEXT_INLINE void pipelined_rows(const CrossEntropyArgs<scalar_t>& args, int6
     }
     return p;
   };
-  const auto row_at = [&](int64_t p, acc_t* to) {
-    Row row{};
+  const auto begin_row = [&](Row& row, int64_t p, acc_t* to) {
     row.position = p;
     row.x = args.input + args.offset(p, args.input_strides);
     row.index = args.indices ? args.target(p) : -1;
@@ -178,25 +191,24 @@ TORCHEXT_INLINE void pipelined_rows(const CrossEntropyArgs<scalar_t>& args, int6
       row.exps = to;
       row.g = args.position_scale(p);
     }
-    return row;
   };
   // The losses of some rows together: a logarithm is a call, for which the stage's registers would
   // be put aside.
-  Row done[kRowsPerBlock];
-  int64_t done_count = 0;
+  FinishedRows<acc_t> done;
   const auto finish = [&]() {
-    for (int64_t i = 0; i < done_count; ++i) {
-      const acc_t loss = done[i].template loss<kDense>();
-      const int64_t position = done[i].position;
-      const RowSums<acc_t>& sums = done[i].sums;
+    for (int64_t i = 0; i < done.count; ++i) {
+      const acc_t log_sum = std::log(done.sum[i]);
+      acc_t loss = args.indices ? done.target_weight[i] * (log_sum - done.shifted[i]) : acc_t{0};
+      if constexpr (kDense) loss += done.mass[i] * log_sum - done.dot[i];
+      const int64_t position = done.position[i];
       if (args.losses) args.losses[position] = loss;
       if (args.block_losses) args.block_losses[position / kRowsPerBlock] += loss;
       if (args.stats) {
-        args.stats[position] = sums.max;
-        args.stats[args.stats_stride + position] = sums.sum;
+        args.stats[position] = done.max[i];
+        args.stats[args.stats_stride + position] = done.sum[i];
       }
     }
-    done_count = 0;
+    done.count = 0;
   };
 
   if (args.block_losses) {
@@ -204,28 +216,35 @@ TORCHEXT_INLINE void pipelined_rows(const CrossEntropyArgs<scalar_t>& args, int6
   }
   const int64_t first = counted(begin);
   if (first == end) return;
-  Row before{}, now = row_at(first, exps);
-  before.gradient = nowhere.data();
-  before.exps = exps + stride;
-  before.probabilities = now.probabilities;
-  before.sums.sum = 1;
-  now.sums.max = row_max<Isa, scalar_t>(now.x, classes);
+  Row rows[3] = {};
+  Row *before = &rows[0], *now = &rows[1], *next = &rows[2];
+  begin_row(*now, first, exps);
+  before->gradient = nowhere.data();
+  before->exps = exps + stride;
+  before->probabilities = now->probabilities;
+  before->index = -1;
+  before->sums.sum = 1;
+  now->sums.max = row_max<Isa, scalar_t>(now->x, classes);
   for (bool more = true; more;) {
-    const int64_t p = counted(now.position + 1);
+    const int64_t p = counted(now->position + 1);
     more = p < end;
-    Row next = more ? row_at(p, before.exps) : now;
-    pipeline_stage<Isa, scalar_t, kDense, kGradient>(args, before, now, next);
-    done[done_count++] = now;
-    if (done_count == kRowsPerBlock) finish();
+    // After the last row its own maximum is looked for again.
+    begin_row(*next, more ? p : now->position, before->exps);
+    pipeline_stage<Isa, scalar_t, kDense, kGradient>(args, *before, *now, *next);
+    done.add(*now);
+    if (done.count == kRowsPerBlock) finish();
+    Row* const free = before;
     before = now;
     now = next;
+    next = free;
   }
   finish();
   if constexpr (kGradient) {
-    const acc_t scale = before.scale();
-    gradient_row<Isa, scalar_t, kDense>(args, nullptr, before.probabilities, before.gradient,
-                                        before.exps, before.sums.max, scale, before.g, 0, classes);
-    target_gradient<kDense>(args, before, scale);
+    const acc_t scale = before->scale();
+    gradient_row<Isa, scalar_t, kDense>(args, nullptr, before->probabilities, before->gradient,
+                                        before->exps, before->sums.max, scale, before->g, 0,
+                                        classes);
+    target_gradient<kDense>(args, *before, scale);
   }
 }
 

@@ -6,6 +6,8 @@
 
 #include "cpu/cross_entropy_call.h"
 #include "cpu/cross_entropy_kernel.h"
+#include "cpu/memory.h"
+#include "cpu/transpose.h"
 
 namespace torchext::cpu {
 
@@ -21,19 +23,23 @@ struct Column {
 };
 
 // What the lanes of one tile need beside the columns.
-template <typename scalar_t, int kPositions>
+template <typename acc_t, int kPositions>
 struct TileTargets {
-  using acc_t = acc_type<scalar_t>;
-  int64_t index[kPositions];
-  acc_t keep[kPositions];    // 0 where ignored, else 1
-  acc_t weight[kPositions];  // W_t of the formulas
+  int64_t index[kPositions];  // -1 where there is none, or it is ignored
+  acc_t keep[kPositions];     // 0 where ignored, else 1
+  acc_t weight[kPositions];   // W_t of the formulas
+  acc_t x[kPositions];        // the logit of the class
+  acc_t gradient[kPositions];
 };
 
-template <class Isa, typename scalar_t, bool kDense, int kWidth>
-TORCHEXT_INLINE double process_tile(const CrossEntropyArgs<scalar_t>& args, int64_t position,
-                                    int64_t count, Column<const scalar_t> x,
-                                    Column<const scalar_t> probabilities, Column<scalar_t> gradient,
-                                    Column<acc_type<scalar_t>> exps) {
+// A tile, its columns in scalar_t or in what is computed in. Leaves the gradients of the targets'
+// classes in `targets`.
+template <class Isa, typename scalar_t, bool kDense, int kWidth, typename Element>
+TORCHEXT_INLINE double process_tile(
+    const CrossEntropyArgs<scalar_t>& args, int64_t position, int64_t count,
+    Column<const Element> x, Column<const Element> probabilities, Column<Element> gradient,
+    Column<acc_type<scalar_t>> exps,
+    TileTargets<acc_type<scalar_t>, kLanesOf<Isa, scalar_t> * kWidth>& targets) {
   using acc_t = acc_type<scalar_t>;
   constexpr int kLanes = kLanesOf<Isa, scalar_t>;
   constexpr int kPositions = kLanes * kWidth;
@@ -41,8 +47,6 @@ TORCHEXT_INLINE double process_tile(const CrossEntropyArgs<scalar_t>& args, int6
   using Acc = Vector<acc_t, kLanes>;
   const int64_t classes = args.shape.classes;
 
-  TileTargets<scalar_t, kPositions> targets;
-  acc_t target_x[kPositions];
   for (int i = 0; i < kPositions; ++i) {
     const bool real = i < count;
     const int64_t index = args.indices && real ? args.target(position + i) : -1;
@@ -51,8 +55,15 @@ TORCHEXT_INLINE double process_tile(const CrossEntropyArgs<scalar_t>& args, int6
     targets.index[i] = indexed ? index : -1;
     targets.keep[i] = keep;
     targets.weight[i] = indexed ? args.target_weight(index) : acc_t{0};
-    target_x[i] = indexed ? static_cast<acc_t>(x.at(index)[i]) : acc_t{0};
+    targets.x[i] = indexed ? static_cast<acc_t>(x.at(index)[i]) : acc_t{0};
   }
+  // Those of the tile's positions, of one number for each.
+  const auto lanes = [&](const acc_t* values, int k, acc_t other) __attribute__((always_inline)) {
+    const int64_t here = count - k * kLanes;
+    if (here >= kLanes) return simd::load<kLanes>(values + position + k * kLanes);
+    if (here <= 0) return Acc{} + other;
+    return simd::load_tail<kLanes>(values + position + k * kLanes, here, other);
+  };
   const auto dense = [&](int64_t c, int k) __attribute__((always_inline)) {
     Acc q = Acc{} + args.uniform;
     if (probabilities) {
@@ -69,10 +80,9 @@ TORCHEXT_INLINE double process_tile(const CrossEntropyArgs<scalar_t>& args, int6
   }
   double total = 0;
   if (args.backward) {
-    for (int i = 0; i < kPositions; ++i) {
-      max[i / kLanes][i % kLanes] = i < count ? args.stats[position + i] : acc_t{0};
-      sum[i / kLanes][i % kLanes] =
-          i < count ? args.stats[args.stats_stride + position + i] : acc_t{1};
+    for (int k = 0; k < kWidth; ++k) {
+      max[k] = lanes(args.stats, k, 0);
+      sum[k] = lanes(args.stats + args.stats_stride, k, 1);
     }
     if constexpr (kDense) {
       for (int64_t begin = 0; begin < classes; begin += kClassesPerSum) {
@@ -118,7 +128,7 @@ TORCHEXT_INLINE double process_tile(const CrossEntropyArgs<scalar_t>& args, int6
     for (int i = 0; i < count; ++i) {
       const int k = i / kLanes, lane = i % kLanes;
       const acc_t log_sum = std::log(sum[k][lane]);
-      acc_t loss = targets.weight[i] * (log_sum - (target_x[i] - max[k][lane]));
+      acc_t loss = targets.weight[i] * (log_sum - (targets.x[i] - max[k][lane]));
       if constexpr (kDense) loss += mass[k][lane] * log_sum - dot[k][lane];
       if (targets.keep[i] == 0) loss = 0;
       if (args.losses) args.losses[position + i] = loss;
@@ -132,17 +142,24 @@ TORCHEXT_INLINE double process_tile(const CrossEntropyArgs<scalar_t>& args, int6
   if (!gradient) return total;
 
   Acc scale[kWidth], g[kWidth], keep[kWidth];
-  acc_t target_gradient[kPositions];
-  for (int i = 0; i < kPositions; ++i) {
-    const int k = i / kLanes, lane = i % kLanes;
-    const bool kept_position = targets.keep[i] != 0;
-    g[k][lane] = kept_position ? args.position_scale(position + i) : acc_t{0};
-    keep[k][lane] = targets.keep[i];
-    scale[k][lane] = g[k][lane] * (targets.weight[i] + mass[k][lane]) / sum[k][lane];
-    if (targets.index[i] < 0) continue;
-    const acc_t e = simd::exp_nonpositive_scalar(target_x[i] - max[k][lane]);
-    target_gradient[i] = e * scale[k][lane] - targets.weight[i] * g[k][lane];
-    if constexpr (kDense) target_gradient[i] -= args.uniform_target(targets.index[i]) * g[k][lane];
+  for (int k = 0; k < kWidth; ++k) {
+    const Acc weight = simd::load<kLanes>(targets.weight + k * kLanes);
+    keep[k] = simd::load<kLanes>(targets.keep + k * kLanes);
+    g[k] = Acc{} + static_cast<acc_t>(args.gradient_scale);
+    if (args.grad_output) g[k] *= lanes(args.grad_output, k, 0);
+    g[k] = keep[k] == 0 ? Acc{} : g[k];
+    scale[k] = g[k] * (weight + mass[k]) / sum[k];
+    const Acc shifted = simd::load<kLanes>(targets.x + k * kLanes) - max[k];
+    Acc value = simd::exp_nonpositive<kLanes>(shifted) * scale[k] - weight * g[k];
+    if constexpr (kDense) {
+      acc_t uniform[kLanes];
+      for (int i = 0; i < kLanes; ++i) {
+        const int64_t index = targets.index[k * kLanes + i];
+        uniform[i] = index < 0 ? acc_t{0} : args.uniform_target(index);
+      }
+      value -= simd::load<kLanes>(uniform) * g[k];
+    }
+    simd::store<kLanes>(targets.gradient + k * kLanes, value);
   }
   // An ignored position's gradient is 0, or NaN where its softmax is (as in torch).
   Acc nothing[kWidth];
@@ -157,40 +174,72 @@ TORCHEXT_INLINE double process_tile(const CrossEntropyArgs<scalar_t>& args, int6
       simd::store<kLanes>(gradient.at(c) + k * kLanes, keep[k] == 0 ? nothing[k] : value);
     }
   }
-  for (int i = 0; i < count; ++i) {
-    if (targets.index[i] >= 0) {
-      gradient.at(targets.index[i])[i] = static_cast<scalar_t>(target_gradient[i]);
-    }
-  }
   return total;
 }
 
-// The first `count` positions, `step` elements apart, into columns of kLanes; the others zero.
-template <int kLanes, typename scalar_t>
-TORCHEXT_INLINE void gather_columns(Column<const scalar_t> from, int64_t step, scalar_t* to,
-                                    int64_t classes, int64_t count) {
+// The gradients of the targets' classes, of positions `step` elements apart.
+template <typename scalar_t, int kPositions>
+TORCHEXT_INLINE void write_targets(const TileTargets<acc_type<scalar_t>, kPositions>& targets,
+                                   int64_t count, Column<scalar_t> gradient, int64_t step) {
+  for (int i = 0; gradient && i < count; ++i) {
+    if (targets.index[i] < 0) continue;
+    gradient.at(targets.index[i])[i * step] = static_cast<scalar_t>(targets.gradient[i]);
+  }
+}
+
+// `count` positions, `step` elements apart, as columns of kLanes positions.
+template <int kBlock, int kLanes, typename scalar_t>
+TORCHEXT_INLINE void gather_columns(Column<const scalar_t> from, int64_t step, int64_t classes,
+                                    int64_t count, acc_type<scalar_t>* to) {
+  if (from.stride == 1) {
+    copy_transposed<kBlock>(Matrix<const scalar_t>{from.data, step, 1}, count, classes, to, kLanes);
+  } else {
+    for (int64_t c = 0; c < classes; ++c) {
+      for (int64_t i = 0; i < count; ++i) to[c * kLanes + i] = wide(from.at(c)[i * step]);
+    }
+  }
+  if (count == kLanes) return;
+  for (int64_t c = 0; c < classes; ++c) std::fill_n(to + c * kLanes + count, kLanes - count, 0);
+}
+
+// And back.
+template <int kBlock, int kLanes, typename scalar_t>
+TORCHEXT_INLINE void scatter_columns(const acc_type<scalar_t>* from, int64_t classes, int64_t count,
+                                     Column<scalar_t> to, int64_t step) {
+  if (to.stride == 1) {
+    using Columns = Matrix<const acc_type<scalar_t>>;
+    return copy_transposed<kBlock>(Columns{from, kLanes, 1}, classes, count, to.data, step);
+  }
   for (int64_t c = 0; c < classes; ++c) {
-    for (int64_t i = 0; i < count; ++i) to[c * kLanes + i] = from.at(c)[i * step];
-    for (int64_t i = count; i < kLanes; ++i) to[c * kLanes + i] = scalar_t(0.0f);
+    for (int64_t i = 0; i < count; ++i) {
+      to.at(c)[i * step] = static_cast<scalar_t>(from[c * kLanes + i]);
+    }
   }
 }
 
 // One block of kPositionsPerBlock positions. Positions that are not contiguous (rows of few
-// classes) and the last few of a block go through columns of their own, in `padded`.
+// classes) and the last few of a block go through columns of their own, in what is computed in.
 template <class Isa, typename scalar_t, bool kDense>
 TORCHEXT_INLINE double process_block(const CrossEntropyArgs<scalar_t>& args, int64_t block,
-                                     std::vector<acc_type<scalar_t>>& scratch,
-                                     std::vector<scalar_t>& padded) {
+                                     AlignedBuffer<acc_type<scalar_t>>& exps_buffer,
+                                     AlignedBuffer<acc_type<scalar_t>>& columns_buffer) {
   using acc_t = acc_type<scalar_t>;
   constexpr int kLanes = kLanesOf<Isa, scalar_t>;
   constexpr int kWidth = 4;
   constexpr bool kNarrow = !std::is_same_v<scalar_t, acc_t>;
+  // Sides of the squares that are turned.
+  constexpr int kBlock = kNarrow && Isa::kBytes >= 32 ? 8 : 16 / int{sizeof(acc_t)};
   const int64_t classes = args.shape.classes, inner = args.shape.inner;
   const int64_t n = block / blocks_per_outer(args.shape);
   const int64_t begin = block % blocks_per_outer(args.shape) * kPositionsPerBlock;
   const int64_t end = std::min(inner, begin + kPositionsPerBlock);
   const bool keep_exps = args.gradient && !args.backward;
-  if (kNarrow && keep_exps) scratch.resize(classes * kLanes * kWidth);
+  const bool side_by_side = args.input_strides.inner == 1 &&
+                            (!args.probabilities || args.probability_strides.inner == 1) &&
+                            (!args.gradient || args.gradient_strides.inner == 1);
+  acc_t* const kept_exps = kNarrow && keep_exps && side_by_side
+                               ? exps_buffer.of_size(classes * kLanes * kWidth)
+                               : nullptr;
 
   const auto column = [n](auto* data, const Strides& strides,
                           int64_t s) __attribute__((always_inline)) {
@@ -198,54 +247,52 @@ TORCHEXT_INLINE double process_block(const CrossEntropyArgs<scalar_t>& args, int
     return Column<Element>{data ? data + n * strides.outer + s * strides.inner : nullptr,
                            strides.channel};
   };
-  const auto exps_of = [&](Column<scalar_t> gradient, int width) __attribute__((always_inline)) {
+  double total = 0;
+  const auto run = [&](auto width, int64_t s) __attribute__((always_inline)) {
+    constexpr int kVectors = width();
+    const Column<scalar_t> gradient = column(args.gradient, args.gradient_strides, s);
     Column<acc_t> exps{nullptr, 0};
     if constexpr (kNarrow) {
-      if (keep_exps) exps = {scratch.data(), int64_t{kLanes} * width};
+      exps = {kept_exps, int64_t{kLanes} * kVectors};
     } else {
       if (keep_exps) exps = gradient;
     }
-    return exps;
+    TileTargets<acc_t, kLanes * kVectors> targets;
+    total += process_tile<Isa, scalar_t, kDense, kVectors>(
+        args, n * inner + s, kLanes * kVectors, column(args.input, args.input_strides, s),
+        column(args.probabilities, args.probability_strides, s), gradient, exps, targets);
+    write_targets(targets, kLanes * kVectors, gradient, 1);
   };
-  double total = 0;
   int64_t s = begin;
-  const bool side_by_side = args.input_strides.inner == 1 &&
-                            (!args.probabilities || args.probability_strides.inner == 1) &&
-                            (!args.gradient || args.gradient_strides.inner == 1);
-  for (; side_by_side && s + kLanes * kWidth <= end; s += kLanes * kWidth) {
-    const auto gradient = column(args.gradient, args.gradient_strides, s);
-    total += process_tile<Isa, scalar_t, kDense, kWidth>(
-        args, n * inner + s, kLanes * kWidth, column(args.input, args.input_strides, s),
-        column(args.probabilities, args.probability_strides, s), gradient,
-        exps_of(gradient, kWidth));
+  if (side_by_side) {
+    for (; s + kLanes * kWidth <= end; s += kLanes * kWidth) {
+      run(std::integral_constant<int, kWidth>{}, s);
+    }
+    for (; s + kLanes <= end; s += kLanes) run(std::integral_constant<int, 1>{}, s);
   }
   for (; s < end; s += kLanes) {
     const int64_t count = std::min<int64_t>(kLanes, end - s);
-    auto x = column(args.input, args.input_strides, s);
-    auto probabilities = column(args.probabilities, args.probability_strides, s);
-    auto gradient = column(args.gradient, args.gradient_strides, s);
-    const auto result = gradient;
-    const bool pad = count < kLanes || !side_by_side;
-    if (pad) {
-      padded.resize(3 * classes * kLanes);
-      scalar_t* buffer = padded.data();
-      gather_columns<kLanes>(x, args.input_strides.inner, buffer, classes, count);
-      x = {buffer, kLanes};
-      if (probabilities) {
-        gather_columns<kLanes>(probabilities, args.probability_strides.inner,
-                               buffer + classes * kLanes, classes, count);
-        probabilities = {buffer + classes * kLanes, kLanes};
-      }
-      if (gradient) gradient = {buffer + 2 * classes * kLanes, kLanes};
+    acc_t* const own = columns_buffer.of_size(3 * classes * kLanes);
+    Column<acc_t> probabilities{nullptr, kLanes}, own_gradient{nullptr, kLanes};
+    gather_columns<kBlock, kLanes>(column(args.input, args.input_strides, s),
+                                   args.input_strides.inner, classes, count, own);
+    if (args.probabilities) {
+      probabilities.data = own + classes * kLanes;
+      gather_columns<kBlock, kLanes>(column(args.probabilities, args.probability_strides, s),
+                                     args.probability_strides.inner, classes, count,
+                                     probabilities.data);
     }
-    total += process_tile<Isa, scalar_t, kDense, 1>(args, n * inner + s, count, x, probabilities,
-                                                    gradient, exps_of(gradient, 1));
-    if (pad && gradient) {
-      for (int64_t c = 0; c < classes; ++c) {
-        for (int64_t i = 0; i < count; ++i) {
-          result.at(c)[i * args.gradient_strides.inner] = gradient.at(c)[i];
-        }
-      }
+    if (args.gradient) own_gradient.data = own + 2 * classes * kLanes;
+    TileTargets<acc_t, kLanes> targets;
+    total += process_tile<Isa, scalar_t, kDense, 1>(
+        args, n * inner + s, count, Column<const acc_t>{own, kLanes},
+        Column<const acc_t>{probabilities.data, kLanes}, own_gradient,
+        keep_exps ? own_gradient : Column<acc_t>{nullptr, 0}, targets);
+    if (args.gradient) {
+      const Column<scalar_t> gradient = column(args.gradient, args.gradient_strides, s);
+      const int64_t step = args.gradient_strides.inner;
+      scatter_columns<kBlock, kLanes>(own_gradient.data, classes, count, gradient, step);
+      write_targets(targets, count, gradient, step);
     }
   }
   return total;

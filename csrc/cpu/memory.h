@@ -1,7 +1,8 @@
-// Fresh memory in few page faults.
+// Fresh memory in few page faults, and buffers that begin at a cache line.
 #pragma once
 
 #include <cstdint>
+#include <vector>
 
 #include "common/stable.h"
 
@@ -29,6 +30,25 @@ inline void advise(const Tensor& fresh) {
   advise_huge_pages(fresh.mutable_data_ptr(),
                     fresh.numel() * static_cast<int64_t>(fresh.element_size()));
 }
+
+// Memory that grows and begins at a cache line: a vector's load touches one.
+template <typename T>
+class AlignedBuffer {
+ public:
+  // At least so many numbers; what stood there may be lost.
+  T* of_size(int64_t size) {
+    const auto lines = static_cast<size_t>((size + kNumbers - 1) / kNumbers);
+    if (lines_.size() < lines) lines_.resize(lines);
+    return lines_.data()->numbers;
+  }
+
+ private:
+  static constexpr int64_t kNumbers = 64 / sizeof(T);
+  struct alignas(64) Line {
+    T numbers[kNumbers];
+  };
+  std::vector<Line> lines_;
+};
 }  // namespace cpu
 
 }  // namespace torchext

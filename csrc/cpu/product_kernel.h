@@ -6,6 +6,7 @@
 #include <utility>
 #include <vector>
 
+#include "cpu/memory.h"
 #include "cpu/product_pack.h"
 
 namespace torchext::cpu {
@@ -255,13 +256,8 @@ inline std::pair<int64_t, int64_t> strip_rows(int64_t rows, int64_t strips, int6
 // together, for all threads or for itself. At most 4 MiB of those.
 template <typename scalar_t>
 scalar_t* scratch(int which, int64_t size) {
-  struct alignas(64) Line {  // a vector's load touches one
-    scalar_t values[64 / sizeof(scalar_t)];
-  };
-  static thread_local std::vector<Line> buffers[3];
-  const auto lines = static_cast<size_t>(divide_up(size * int64_t{sizeof(scalar_t)}, 64));
-  if (buffers[which].size() < lines) buffers[which].resize(lines);
-  return buffers[which].data()->values;
+  static thread_local AlignedBuffer<scalar_t> buffers[3];
+  return buffers[which].of_size(size);
 }
 
 // What a strip's tile left in `from`, as out's numbers: they are rounded once.
