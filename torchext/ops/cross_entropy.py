@@ -31,20 +31,20 @@ from torchext.ops.extras import Extras
 _PLAIN, _FLOATING = _backend.PLAIN, _backend.FLOATING
 _INDICES = frozenset({torch.int64, torch.int32, torch.uint8})
 _INT64 = torch.int64
-_is_compiling = torch.compiler.is_compiling
+_is_compiling = torch.compiler.is_dynamo_compiling
 _tracing_state = torch._C._get_tracing_state
 _stock: Any = torch._C._nn.cross_entropy_loss
 # Below this (logits + 128 x rows), torch's own two nodes, in C++, cost less than one of ours in
-# Python. Measured forward and backward, us of stock and of ours, rows x classes; on 2 Zen 5 cores:
-# 16 x 10 18.8 and 19.2, 2 x 1000 18.7 and 19.3; 32 x 10 20.0 and 19.3, 4 x 1000 25.7 and 19.7.
-_SMALL = 3072
-# The same of class indices without smoothing. reduction="none" has its gradient made in backward by
-# ours, too (2 cores of an Intel Xeon of family 6, model 207: 100 x 100 48 and 52). Without AVX-512,
-# of the mean on 2 cores of Zen 3: 100 x 10 84 and 106, 300 x 32 150 and 186; 300 x 100 154 and 147.
-_SMALL_PLAIN = dict.fromkeys(cross_entropy_fake.REDUCTIONS, 49152)
+# Python, of class indices without smoothing (torch has more nodes with it, or for probabilities:
+# ours takes 0.4 and 0.7 of their time from 1 x 8 on, 2 Zen 4 cores). Measured forward and backward,
+# us of stock and of ours, rows x classes; on 2 Zen 5 cores: 16 x 10 18.8 and 19.2, 2 x 1000 18.7
+# and 19.3; 32 x 10 20.0 and 19.3, 4 x 1000 25.7 and 19.7. reduction="none" has its gradient made in
+# backward by ours, too (2 cores of an Intel Xeon of family 6, model 207: 100 x 100 48 and 52).
+# Without AVX-512, of the mean on 2 cores of Zen 3: 100 x 10 84 and 106, 300 x 32 150 and 186;
+# 300 x 100 154 and 147.
+_SMALL = dict.fromkeys(cross_entropy_fake.REDUCTIONS, 49152)
 if _native.simd_level() == "AVX-512":
-    _SMALL_PLAIN = {"none": 24576, "mean": _SMALL, "sum": _SMALL}
-_LARGEST_SMALL = max(_SMALL_PLAIN.values())
+    _SMALL = {"none": 24576, "mean": 3072, "sum": 3072}
 _NAMES = cross_entropy_fake.REDUCTIONS
 _REDUCTIONS = {name: code for code, name in enumerate(_NAMES)}
 
@@ -157,11 +157,13 @@ def cross_entropy(
         # Each look costs 50 ns, which small calls feel: no functions of ours here.
         if (
             _backend.stock_when_small
-            and not _is_compiling()  # before the size: a compiler would guard on it
+            and target.dtype is _INT64
+            and not label_smoothing
+            # Before the size: a compiler would guard on it. Fake tensors have types of their own.
+            and type(target) is Tensor
+            and not _is_compiling()
             and _tracing_state() is None
-            and ((indices := target.dtype is _INT64) or target.dtype is input.dtype)
-            and (size := input.numel() + 128 * target.numel()) < _LARGEST_SMALL
-            and size < (_SMALL_PLAIN[reduction] if indices and not label_smoothing else _SMALL)
+            and input.numel() + 128 * target.numel() < _SMALL[reduction]
         ):
             return _stock(
                 input, target, weight, _REDUCTIONS[reduction], ignore_index, label_smoothing
