@@ -20,6 +20,7 @@ DEFINES = [
 MATH = ["-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math"]
 CXX_FLAGS = [
     "-O3",
+    "-g0",  # over Python's own -g: 3.8 MB of library, 30 with it
     "-std=c++20",
     "-fvisibility=hidden",
     "-Wall",

@@ -198,10 +198,10 @@ def epoch_plot(results: Results) -> Figure | None:
             axes.barh(place, value / 1e3, 0.7, left=left, color=_PARTS[name], label=label)
             used.add(name)
             left += value / 1e3
-        first = rows[0].median_ms or 0.0
         share = f"  {time_text(row.median_ms)}"
         if row is not rows[0]:
-            share += f"  ({first / (row.median_ms or 1.0):.1f}× as fast as {rows[0].provider[:3]})"
+            ratio = ratio_between(rows[0], row)[0]
+            share += f"  ({ratio:.1f}× as fast as {rows[0].provider[:3]})"
         axes.annotate(share, (left, place), va="center", fontsize=9)
     axes.set_yticks(range(len(rows)), [row.provider for row in rows])
     axes.invert_yaxis()

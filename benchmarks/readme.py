@@ -65,12 +65,12 @@ def _section(files: Sequence[Path], root: Path) -> list[str]:
         folders.setdefault(path.parent, []).append(path)
     lines, also = [], []
     kinds = set()
-    for folder, paths in sorted(folders.items()):
-        one = load(paths[0])
+    machines = [(load(paths[0]), folder, paths) for folder, paths in sorted(folders.items())]
+    for one, folder, paths in sorted(machines, key=lambda machine: machine[0].date, reverse=True):
         if (kind := "gpu" in one.machine) not in kinds:
             kinds.add(kind)
             lines += _machine(folder, paths, root)
-        else:  # one table for a CPU and one for a GPU: the section is long enough
+        else:  # the newest of a CPU and of a GPU: the section is long enough
             page = f"{folder.relative_to(root)}/report.md"
             also.append(f"- The same on another machine: [{_title(one)}]({page})")
     if also:
