@@ -287,10 +287,10 @@ TORCHEXT_INLINE void product_block(const ProductBlock<scalar_t>& block) {
   const int64_t first_part = parts.first_of(block.visit), end = parts.first_of(block.visit + 1);
   const int64_t begin = parts.begin_of(first_part), inner = parts.begin_of(end) - begin;
   const int64_t rows = block.row_end - block.row_begin;
-  // Of one vector of columns a strip is read where it stands. Half as many rows stay in the first
-  // cache where all begin in one set of it.
-  const bool crowded =
-      p.columns <= kLanes && p.left.row_stride * int64_t{sizeof(scalar_t)} % kCrowdedBytes == 0;
+  // Of one vector of columns a strip is read where it stands. Half of AVX-512's rows stay in the
+  // first cache where all begin in one set of it; the others' are no more than that.
+  const bool crowded = !kNarrow && Isa::kBytes == 64 && p.columns <= kLanes &&
+                       p.left.row_stride * int64_t{sizeof(scalar_t)} % kCrowdedBytes == 0;
   const int64_t strips = divide_up(rows, crowded ? kStrip / 2 : kStrip);
   const Matrix<const scalar_t> left{p.left.at(block.row_begin, begin), p.left.row_stride,
                                     p.left.column_stride};
