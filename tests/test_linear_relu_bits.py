@@ -78,3 +78,16 @@ def test_any_batch_gives_a_row_the_same_gradient(
     zeros[0] = upstream[0]
     for actual, expected in zip(alone[2:], results(input, weight, bias, zeros)[2:], strict=True):
         assert torch.equal(actual, expected)
+
+
+@pytest.mark.skipif(
+    not _native.own_products(torch.float32), reason="products of this size are the library's here"
+)
+def test_more_threads_than_rows(threads: None) -> None:
+    # Long sums for few columns: as many shares of work as threads, and more than there are rows.
+    tensors = [torch.randn(size) for size in ((129, 8192), (64, 8192), (64,), (129, 64))]
+    torch.set_num_threads(1)
+    expected = results(*tensors)
+    torch.set_num_threads(200)
+    for actual, first in zip(results(*tensors), expected, strict=True):
+        assert torch.equal(actual, first)

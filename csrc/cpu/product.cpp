@@ -19,10 +19,11 @@ constexpr int64_t kFewRows = 128;
 constexpr int64_t kBlockRows = 96;
 // Rows or columns of a thread from which on it packs its own panels.
 constexpr int64_t kOwnShare = 128;
-// Panels up to which it always does: there are no more threads' packing to wait for. Forward of 129
-// x 2048 x 32 takes 0.84 of eager's time so, 1.5 to 1.8 with a panel from the other thread, of 250
-// x 784 x 80 0.95 and 1.13 (2 cores of Zen 4, float32).
-constexpr int64_t kOwnPanels = 3;
+// The same of so few panels, for which there are no more threads' packing to wait for: forward of
+// 129 x 2048 x 32 takes 0.84 of eager's time so, 1.5 to 1.8 with a panel from the other thread, of
+// 250 x 784 x 80 0.95 and 1.13 (2 cores of Zen 4, float32).
+constexpr int64_t kOwnShareOfFew = 64;
+constexpr int64_t kFewPanels = 3;
 // Steps of an inner dimension up to which threads share out's rows, for they are in each other's
 // way where they write halves of one: forward of 500 x 16 x 512 takes 0.72 to 0.87 of eager's time
 // by rows and 1.3 to 1.38 by columns, of 500 x 128 x 512 0.84 to 0.9 and 1.0 to 1.2, of 500 x 512 x
@@ -238,8 +239,8 @@ void Product<scalar_t>::run() const {
   const bool rows_shared =
       rows > columns || ((by_rows || inner <= kShortInner) && rows / shares >= kOwnShare);
   const int64_t of_a_share = rows_shared ? rows / shares : panels / shares * wide;
-  if (shares == 1 || (of_a_share < kOwnShare && panels > kOwnPanels))
-    return run_packed(tasks, shares);
+  const int64_t own_share = panels <= kFewPanels ? kOwnShareOfFew : kOwnShare;
+  if (shares == 1 || of_a_share < own_share) return run_packed(tasks, shares);
   for_each_block(shares, 1, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       Product part = *this;
