@@ -10,6 +10,8 @@
 #include <memory>
 #include <vector>
 
+#include "common/checks.h"
+#include "common/stable.h"
 #include "cuda/gpu.cuh"
 
 #undef threadIdx
@@ -183,6 +185,19 @@ bool torchext::cuda::has_clusters(int) {
   return std::getenv("TORCHEXT_EMULATED_NO_CLUSTERS") == nullptr;
 }
 
+namespace {
+
+// oneDNN with AMX (torch 2.13) multiplies what stands behind a row of the left matrix by zeros, and
+// what nobody wrote there may be NaN.
+torch::stable::Tensor without_gaps(AtenTensorHandle matrix) {
+  AtenTensorHandle copy = nullptr;
+  TORCHEXT_AOTI_CHECK(aoti_torch_new_tensor_handle(matrix, &copy));
+  const torch::stable::Tensor tensor(copy);
+  return tensor.stride(1) == 1 ? torchext::as_contiguous(tensor) : tensor;
+}
+
+}  // namespace
+
 extern "C" {
 
 cudaError_t cudaMemsetAsync(void* data, int value, size_t bytes, cudaStream_t) {
@@ -193,14 +208,14 @@ cudaError_t cudaMemsetAsync(void* data, int value, size_t bytes, cudaStream_t) {
 AOTITorchError aoti_torch_cuda_mm_out(AtenTensorHandle out, AtenTensorHandle left,
                                       AtenTensorHandle right) {
   ++emulated::products;
-  return aoti_torch_cpu_mm_out(out, left, right);
+  return aoti_torch_cpu_mm_out(out, without_gaps(left).get(), right);
 }
 
 AOTITorchError aoti_torch_cuda_addmm_out(AtenTensorHandle out, AtenTensorHandle added,
                                          AtenTensorHandle left, AtenTensorHandle right, double beta,
                                          double alpha) {
   ++emulated::products;
-  return aoti_torch_cpu_addmm_out(out, added, left, right, beta, alpha);
+  return aoti_torch_cpu_addmm_out(out, added, without_gaps(left).get(), right, beta, alpha);
 }
 
 AOTITorchError aoti_torch_cuda__addmm_activation(AtenTensorHandle added, AtenTensorHandle left,
