@@ -24,6 +24,10 @@ for narrow in (torch.bfloat16, torch.float16):
         CASES += [(narrow, shape) for shape in even + MORE]
     elif _native.own_products(narrow):
         CASES += [(narrow, shape) for shape in SHAPES + MORE]
+# inner and columns of products of few rows; in narrow numbers few enough to be always our own.
+FEW = [(torch.float32, (2500, 24)), (torch.float64, (2500, 24))]
+for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
+    FEW += [(dtype, shape) for shape in ((784, 16), (300, 41), (18, 19), (10, 70))]
 
 
 def results(input: Tensor, weight: Tensor, bias: Tensor, upstream: Tensor) -> list[Tensor]:
@@ -78,6 +82,26 @@ def test_any_batch_gives_a_row_the_same_gradient(
     zeros[0] = upstream[0]
     for actual, expected in zip(alone[2:], results(input, weight, bias, zeros)[2:], strict=True):
         assert torch.equal(actual, expected)
+
+
+@pytest.mark.parametrize(("dtype", "shape"), FEW, ids=str)
+def test_few_rows_have_the_bits_of_many(
+    threads: None, dtype: torch.dtype, shape: tuple[int, int]
+) -> None:
+    inner, columns = shape
+    input, weight = torch.randn(20, inner, dtype=dtype), torch.randn(columns, inner, dtype=dtype)
+    bias = torch.randn(columns, dtype=dtype)
+    strided = torch.randn(columns, 2 * inner, dtype=dtype)[:, :inner]
+    for matrix in (weight, strided):
+        whole = torchext.linear_relu(input, matrix, bias)
+        for rows in range(1, 14):
+            for count in (1, 3):
+                torch.set_num_threads(count)
+                part = torchext.linear_relu(input[7 : 7 + rows], matrix, bias)
+                assert torch.equal(part, whole[7 : 7 + rows])
+        expected = torch.relu(input.double() @ matrix.double().t() + bias.double())
+        bound = torch.finfo(dtype).eps * inner**0.5
+        assert (part.double() - expected[7 : 7 + rows]).abs().max() <= bound * expected.max()
 
 
 @pytest.mark.skipif(

@@ -82,7 +82,7 @@ def test_what_is_not_finite(dtype: torch.dtype, value: float) -> None:
     expected = reference.linear_relu(input, weight)
     actual = torchext.linear_relu(input, weight)
     torch.testing.assert_close(actual[3], expected[3], equal_nan=True)
-    # oneDNN with AMX (torch 2.13) has the row before not finite, too, in eager's product as in ours.
+    # oneDNN with AMX (torch 2.13) has the row before not finite, too, in eager as in ours.
     others = expected.isfinite().all(1)
     assert others.sum() >= 38
     assert actual[others].isfinite().all()

@@ -209,6 +209,7 @@ void Product<scalar_t>::run() const {
   const int64_t panels = divide_up(columns, wide);
   const auto threads = static_cast<int64_t>(torch::stable::get_num_threads());
   const int64_t shares = std::clamp<int64_t>(rows * inner * columns / kGrain, 1, threads);
+  if (has_few_rows()) return run_few_rows();
   if (rows == 1 || (inner == 1 && right.column_stride == 1)) {
     return run_thin(std::clamp<int64_t>(rows * inner * columns / kThinGrain, 1, threads));
   }
@@ -301,16 +302,7 @@ void Product<scalar_t>::run_thin(int64_t shares) const {
       run_outer<scalar_t>(*this, begin, end);
     });
   }
-  using acc_t = acc_type<scalar_t>;
-  RowProduct<scalar_t> row{this, nullptr};
-  if constexpr (std::is_same_v<scalar_t, acc_t>) {
-    if (left.column_stride == 1) row.left = left.data;
-  }
-  if (!row.left) {
-    acc_t* copy = scratch<acc_t>(0, inner);
-    for (int64_t k = 0; k < inner; ++k) copy[k] = wide(*left.at(0, k));
-    row.left = copy;
-  }
+  const RowProduct<scalar_t> row = row_product(*this);
   const int64_t panels = divide_up(columns, panel_columns<scalar_t>());
   for_each_block(panels, divide_up(panels, shares),
                  [&](int64_t begin, int64_t end) { run_row<scalar_t>(row, begin, end); });

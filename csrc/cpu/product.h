@@ -39,6 +39,8 @@ struct Product {
   void run() const;
 
  private:
+  bool has_few_rows() const;
+  void run_few_rows() const;
   void run_thin(int64_t shares) const;
   void run_in_pieces() const;
   void run_turned() const;

@@ -8,17 +8,42 @@
 
 namespace torchext::cpu {
 
-// A product with one row, contiguous and in what sums are made in.
+// A product with one row, or few, contiguous and in what sums are made in.
 template <typename scalar_t>
 struct RowProduct {
   const Product<scalar_t>* product;
   const acc_type<scalar_t>* left;
+  int64_t left_stride;
 };
+
+// That of `product`, with a copy of its left matrix if need be, which the thread keeps.
+template <typename scalar_t>
+RowProduct<scalar_t> row_product(const Product<scalar_t>& product) {
+  using acc_t = acc_type<scalar_t>;
+  const Matrix<const scalar_t>& left = product.left;
+  if constexpr (std::is_same_v<scalar_t, acc_t>) {
+    if (left.column_stride == 1) return {&product, left.data, left.row_stride};
+  }
+  acc_t* copy = scratch<acc_t>(0, product.rows * product.inner);
+  for (int64_t i = 0; i < product.rows; ++i) {
+    for (int64_t k = 0; k < product.inner; ++k) copy[i * product.inner + k] = wide(*left.at(i, k));
+  }
+  return {&product, copy, product.inner};
+}
+
+// kLanes columns of a row of out, or as many as there are.
+template <int kLanes, typename scalar_t>
+TORCHEXT_INLINE simd::Vector<acc_type<scalar_t>, kLanes> read_out(const Product<scalar_t>& p,
+                                                                  int64_t row, int64_t column) {
+  const int64_t count = std::min<int64_t>(kLanes, p.columns - column);
+  const scalar_t* from = p.out.at(row, column);
+  return count == kLanes ? simd::load<kLanes>(from) : simd::load_tail<kLanes>(from, count, 0);
+}
 
 // What ends a sum: see finish_tile. `carried` is what visits before this one, or out
 // where it is added to, have left.
 template <int kLanes, typename scalar_t>
-TORCHEXT_INLINE void finish_row(const Product<scalar_t>& p, int64_t column,
+TORCHEXT_INLINE void finish_row(const Product<scalar_t>& p, int64_t row, int64_t column,
                                 simd::Vector<acc_type<scalar_t>, kLanes> sum,
                                 const simd::Vector<acc_type<scalar_t>, kLanes>* total,
                                 simd::Vector<acc_type<scalar_t>, kLanes>& carried, bool accumulate,
@@ -29,7 +54,7 @@ TORCHEXT_INLINE void finish_row(const Product<scalar_t>& p, int64_t column,
   const auto read = [&](const scalar_t* from) __attribute__((always_inline)) {
     return whole ? simd::load<kLanes>(from) : simd::load_tail<kLanes>(from, count, 0);
   };
-  scalar_t* to = p.out.at(0, column);
+  scalar_t* to = p.out.at(row, column);
   Value value = sum;
   if (p.bias && ends) value += read(p.bias + column);
   if (total) value += *total;
@@ -181,10 +206,7 @@ TORCHEXT_INLINE void row_panels(const RowProduct<scalar_t>& row_product, int64_t
     const int vectors = many ? static_cast<int>(std::min<int64_t>(2 * whole, kWide)) : 2;
     Value carried[kWide];
     for (int i = 0; p.accumulate && i < vectors && column + i * kLanes < p.columns; ++i) {
-      const int64_t at = column + i * kLanes, count = std::min<int64_t>(kLanes, p.columns - at);
-      const scalar_t* from = p.out.at(0, at);
-      carried[i] = count == kLanes ? simd::load<kLanes>(from)  //
-                                   : simd::load_tail<kLanes>(from, count, 0);
+      carried[i] = read_out<kLanes>(p, 0, column + i * kLanes);
     }
     for (int64_t visit = 0; visit < parts.visits; ++visit) {
       Value sum[kWide], total[kWide];
@@ -206,8 +228,8 @@ TORCHEXT_INLINE void row_panels(const RowProduct<scalar_t>& row_product, int64_t
       }
       const bool accumulate = p.accumulate || visit > 0, ends = visit + 1 == parts.visits;
       for (int i = 0; i < vectors && column + i * kLanes < p.columns; ++i) {
-        finish_row<kLanes>(p, column + i * kLanes, sum[i], last - first > 1 ? &total[i] : nullptr,
-                           carried[i], accumulate, ends);
+        finish_row<kLanes>(p, 0, column + i * kLanes, sum[i],
+                           last - first > 1 ? &total[i] : nullptr, carried[i], accumulate, ends);
       }
     }
     panel += vectors / 2;
@@ -230,16 +252,13 @@ TORCHEXT_INLINE void outer_rows(const Product<scalar_t>& p, int64_t begin, int64
         simd::store<kLanes>(to + column, Value{} + x * simd::load<kLanes>(y + column));
       }
     }
-    if (column == p.columns) continue;
-    Product<scalar_t> one = p;
-    one.out.data = p.out.at(row, 0);
     for (; column < p.columns; column += kLanes) {
       const int64_t count = p.columns - column;
       const auto read = [&](const scalar_t* from) __attribute__((always_inline)) {
         return count >= kLanes ? simd::load<kLanes>(from) : simd::load_tail<kLanes>(from, count, 0);
       };
-      Value carried = p.accumulate ? read(one.out.at(0, column)) : Value{};
-      finish_row<kLanes>(one, column, Value{} + x * read(y + column), nullptr, carried,
+      Value carried = p.accumulate ? read(p.out.at(row, column)) : Value{};
+      finish_row<kLanes>(p, row, column, Value{} + x * read(y + column), nullptr, carried,
                          p.accumulate, true);
     }
   }
