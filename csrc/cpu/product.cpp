@@ -17,13 +17,12 @@ namespace {
 constexpr int64_t kFewRows = 128;
 // Rows of a block otherwise: packed, they stay in the second cache.
 constexpr int64_t kBlockRows = 96;
-// Rows or columns of a thread from which on it packs its own panels.
-constexpr int64_t kOwnShare = 128;
-// The same of so few panels, for which there are no more threads' packing to wait for: forward of
-// 129 x 2048 x 32 takes 0.84 of eager's time so, 1.5 to 1.8 with a panel from the other thread, of
-// 250 x 784 x 80 0.95 and 1.13 (2 cores of Zen 4, float32).
-constexpr int64_t kOwnShareOfFew = 64;
-constexpr int64_t kFewPanels = 3;
+// Rows or columns of a thread from which on it packs its own panels: there are no other thread's to
+// wait for. Forward of 129 x 2048 x 32 takes 0.84 of eager's time so, 1.5 to 1.8 with a panel from
+// the other thread, of 250 x 784 x 80 0.95 and 1.13 (2 cores of Zen 4, float32); of 250 x 128 x 128
+// 1.02 and 1.2, of 130 x 784 x 784 and 150 x 1024 x 1024 the same (an Intel Xeon of family 6, model
+// 207).
+constexpr int64_t kOwnShare = 64;
 // Steps of an inner dimension up to which threads share out's rows, for they are in each other's
 // way where they write halves of one: forward of 500 x 16 x 512 takes 0.72 to 0.87 of eager's time
 // by rows and 1.3 to 1.38 by columns, of 500 x 128 x 512 0.84 to 0.9 and 1.0 to 1.2, of 500 x 512 x
@@ -33,8 +32,17 @@ constexpr int64_t kShortInner = 256;
 // them packs the whole right matrix. With AVX2 the left one is what costs: the weight's gradient of
 // 1000 x 128 x 128 takes 1.05 of eager's time by rows and 1.17 by columns, of 2000 x 64 x 64 1.02
 // and 1.17 (2 cores of Zen 3, float32).
+// Fewer rows a thread are not worth its packing: the weight's gradient of 500 x 2048 x 16
+// takes 1.62 of eager's by rows and 1.2 by columns, of 500 x 500 x 32 1.25 and 1.13 (2 cores of an
+// Intel Xeon of family 6, model 207).
 constexpr int64_t kByRowsInner = 512;
 constexpr int64_t kByRowsInnerAvx2 = 4096;
+constexpr int64_t kByRowsEach = 32;
+// Rows of a thread from which on they are shared where nothing is packed: columns come by whole
+// panels, of which one thread may have more. The input's gradient of 100 x 100 x 100 takes 1.05 of
+// eager's time by rows and 1.45 by columns, of 64 x 256 x 256 0.91 and 1.1 (2 cores of an Intel
+// Xeon of family 6, model 207).
+constexpr int64_t kDirectEach = 12;
 // Panels from which on the left matrix is packed: for fewer it is read as often where it stands.
 // 4096 x 784 by 784 x 64 takes 2.3 ms so, 2.9 packed; by 784 x 224 7.4 and 8.0 (Zen 4, float32).
 // AVX2's strips are of half the rows: there it always is (of eager's time on 2 cores of Zen 3,
@@ -221,7 +229,10 @@ void Product<scalar_t>::run() const {
   std::vector<acc_t> sums(keeps_sums ? rows * panels * wide : 0);
   tasks.sums = {keeps_sums ? sums.data() : nullptr, panels * wide, 1};
   if (rows <= kFewRows) {
-    if (by_rows && rows >= shares && inner <= (wide_vectors() ? kByRowsInner : kByRowsInnerAvx2)) {
+    const int64_t each = rows / shares;
+    const bool shares_rows = by_rows && each >= kByRowsEach &&
+                             inner <= (wide_vectors() ? kByRowsInner : kByRowsInnerAvx2);
+    if (shares_rows || (direct && each >= kDirectEach)) {
       tasks.row_blocks = std::max(shares, divide_up(rows, kFewRows));
     } else {
       tasks.panel_groups = std::min(panels, shares);
@@ -240,8 +251,7 @@ void Product<scalar_t>::run() const {
   const bool rows_shared =
       rows > columns || ((by_rows || inner <= kShortInner) && rows / shares >= kOwnShare);
   const int64_t of_a_share = rows_shared ? rows / shares : panels / shares * wide;
-  const int64_t own_share = panels <= kFewPanels ? kOwnShareOfFew : kOwnShare;
-  if (shares == 1 || of_a_share < own_share) return run_packed(tasks, shares);
+  if (shares == 1 || of_a_share < kOwnShare) return run_packed(tasks, shares);
   for_each_block(shares, 1, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       Product part = *this;
