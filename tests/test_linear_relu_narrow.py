@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 import torchext
-from torchext import reference
+from torchext import _native, reference
 
 NARROW = [torch.bfloat16, torch.float16]
 
@@ -82,10 +82,11 @@ def test_what_is_not_finite(dtype: torch.dtype, value: float) -> None:
     expected = reference.linear_relu(input, weight)
     actual = torchext.linear_relu(input, weight)
     torch.testing.assert_close(actual[3], expected[3], equal_nan=True)
-    # oneDNN with AMX (torch 2.13) has the row before not finite, too, in eager as in ours.
-    others = expected.isfinite().all(1)
-    assert others.sum() >= 38
-    assert actual[others].isfinite().all()
+    # At the baseline the product is the library's, and oneDNN with AMX (torch 2.13) has the row
+    # before not finite, too, in eager as in ours.
+    library = _native.simd_level() in ("none", "baseline")
+    finite = int(expected.isfinite().all(1).sum()) if library else 39
+    assert actual.isfinite().all(1).sum() == finite
 
 
 def test_bits_of_pairs_are_not_read_as_numbers() -> None:
