@@ -248,21 +248,21 @@ class Usage(NamedTuple):
 def usage(cubin: bytes) -> Usage:
     """Reads a cubin with the cuobjdump and nvdisasm that come with Triton."""
     tools = Path(triton.__file__).parent / "backends/nvidia/bin"
+
+    def read(*command: str | Path) -> str:
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        resources = subprocess.run(
-            [tools / "cuobjdump", "-res-usage", file.name],
-            check=True, capture_output=True, text=True,
-        ).stdout  # fmt: skip
-        code = subprocess.run(
-            [tools / "nvdisasm", "-c", file.name], check=True, capture_output=True, text=True
-        ).stdout
-    found = re.search(r"REG:(\d+) STACK:(\d+)", resources)
-    if found is None:
-        sys.exit(f"compile_triton: cuobjdump says nothing of registers: {resources!r}")
-    spills = len(re.findall(r"\b(?:STL|LDL)\b", code))
-    return Usage(int(found[1]), int(found[2]), spills)
+        resources = read(tools / "cuobjdump", "-res-usage", file.name)
+        found = re.search(r"REG:(\d+) STACK:(\d+)", resources)
+        if found is None:
+            sys.exit(f"compile_triton: cuobjdump says nothing of registers: {resources!r}")
+        registers, stack = map(int, found.groups())
+        # nvdisasm takes half a second; what is spilt is on the stack.
+        code = read(tools / "nvdisasm", "-c", file.name) if stack else ""
+    return Usage(registers, stack, len(re.findall(r"\b(?:STL|LDL)\b", code)))
 
 
 def kernels() -> set[str]:
