@@ -58,6 +58,14 @@ def sources(*patterns: str) -> list[str]:
     )
 
 
+class BuildInOneFolder(BuildExtension):
+    """An editable install would compile in a temporary folder, and a wheel everything again."""
+
+    def initialize_options(self) -> None:
+        super().initialize_options()
+        self.build_temp = "build/temp"
+
+
 extensions = [
     CppExtension(
         "torchext._C",
@@ -88,6 +96,6 @@ else:
 
 setup(
     ext_modules=extensions,
-    cmdclass={"build_ext": BuildExtension},
+    cmdclass={"build_ext": BuildInOneFolder},
     options={"bdist_wheel": {"py_limited_api": "cp310"}},
 )

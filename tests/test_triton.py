@@ -41,13 +41,15 @@ def python(*arguments: str, **variables: str) -> str:
     return done.stdout
 
 
+TRITON = ["--backend", "triton"]
+# The second derivatives are stock's; linear_relu's gradcheck takes as long as all else of it.
+PLAIN = ["-k", "not second and not gradcheck"]
 SUITES = {
-    # The second derivatives are the stock ops'.
-    "test_linear_relu.py": ["--backend", "triton", "--sample", "6", "-k", "not second"],
-    "test_cross_entropy.py": ["--backend", "triton", "--sample", "6"],
-    "test_cross_entropy_autograd.py": ["--backend", "triton", "-k", "not second and not gradcheck"],
-    "test_extras_kernel.py": ["--backend", "triton", "--sample", "8"],
-    "test_linear_cross_entropy_backends.py": ["--backend", "triton", "--sample", "8"],
+    "test_linear_relu.py": [*TRITON, "--sample", "6", *PLAIN],
+    "test_cross_entropy.py": [*TRITON, "--sample", "6"],
+    "test_cross_entropy_autograd.py": [*TRITON, *PLAIN],
+    "test_extras_kernel.py": [*TRITON, "--sample", "8"],
+    "test_linear_cross_entropy_backends.py": [*TRITON, "--sample", "8"],
     "triton_interpreted.py": [],
     "triton_interpreted_linear_cross_entropy.py": ["--sample", "2"],
     "triton_interpreted_linear_cross_entropy_calls.py": [],
