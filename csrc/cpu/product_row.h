@@ -16,6 +16,21 @@ struct RowProduct {
   int64_t left_stride;
 };
 
+// Rows of 16-bit numbers, contiguous, and where they go as float32.
+template <typename scalar_t>
+struct LeftRows {
+  Matrix<const scalar_t> from;
+  int64_t columns;
+  acc_type<scalar_t>* to;
+};
+
+template <class Isa, typename scalar_t>
+TORCHEXT_INLINE void copy_left_rows(const LeftRows<scalar_t>& left, int64_t begin, int64_t end) {
+  const Matrix<const scalar_t> from{left.from.at(begin, 0), left.from.row_stride, 1};
+  copy_rows<Isa>(from, end - begin, left.columns, left.to + begin * left.columns, left.columns);
+}
+TORCHEXT_SIMD_FUNCTION(widen_left, copy_left_rows, LeftRows)
+
 // That of `product`, with a copy of its left matrix if need be, which the thread keeps.
 template <typename scalar_t>
 RowProduct<scalar_t> row_product(const Product<scalar_t>& product) {
@@ -25,6 +40,12 @@ RowProduct<scalar_t> row_product(const Product<scalar_t>& product) {
     if (left.column_stride == 1) return {&product, left.data, left.row_stride};
   }
   acc_t* copy = scratch<acc_t>(0, product.rows * product.inner);
+  if constexpr (!std::is_same_v<scalar_t, acc_t>) {
+    if (left.column_stride == 1) {
+      widen_left<scalar_t>({left, product.inner, copy}, 0, product.rows);
+      return {&product, copy, product.inner};
+    }
+  }
   for (int64_t i = 0; i < product.rows; ++i) {
     for (int64_t k = 0; k < product.inner; ++k) copy[i * product.inner + k] = wide(*left.at(i, k));
   }
