@@ -39,8 +39,8 @@ _tracing_state = torch._C._get_tracing_state
 _profiling = torch._C._autograd._profiler_enabled
 
 _active = "auto"
-# Whether calls of plain CPU tensors go past the dispatcher to the C++ kernels: "auto" and "native".
-_direct = True
+# Whether calls of plain CPU tensors go past the dispatcher to the C++ kernels.
+_direct = not _native.cpu_missing
 # Whether a small call may go to torch's stock op, where nothing is being captured.
 stock_when_small = True
 
@@ -91,13 +91,17 @@ def use_backend(name: str) -> Iterator[None]:
     if name != "auto" and not (here := backends()[name]).available:
         raise RuntimeError(f"use_backend: backend {name!r} is not available: {here.reason}")
     previous = _active
-    _active, _direct = name, name in ("auto", "native")
+    _active, _direct = name, _is_direct(name)
     stock_when_small = name == "auto"
     try:
         yield
     finally:
-        _active, _direct = previous, previous in ("auto", "native")
+        _active, _direct = previous, _is_direct(previous)
         stock_when_small = previous == "auto"
+
+
+def _is_direct(name: str) -> bool:
+    return name in ("auto", "native") and not _native.cpu_missing
 
 
 def ordinary(any_backend: bool = False, autocast: bool = False) -> bool:

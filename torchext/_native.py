@@ -36,12 +36,6 @@ cuda_missing = _load_cuda()
 """Why the CUDA library is not there; empty where it is."""
 
 
-def library_path() -> str | None:
-    """Returns the path of the CPU library, or None where it is missing."""
-    spec = importlib.util.find_spec("torchext._C")
-    return None if cpu_missing or spec is None else spec.origin
-
-
 def simd_level() -> str:
     """Returns the instruction set that the CPU kernels use on this machine."""
     if cpu_missing:
