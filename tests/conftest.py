@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import random
 import zlib
 from collections.abc import Generator, Iterator
@@ -22,6 +23,8 @@ NEEDS = {
     "expecttest": ["test_linear_cross_entropy_databases.py", "test_pytorch_databases.py"],
 }
 LACKING = [name for name in NEEDS if importlib.util.find_spec(name) is None]
+if LACKING and os.environ.get("CI"):
+    raise pytest.UsageError(f"not installed: {', '.join(LACKING)} (pip install 'torchext[test]')")
 collect_ignore = [file for name in LACKING for file in NEEDS[name]]
 
 if "hypothesis" not in LACKING:

@@ -56,6 +56,24 @@ def test_functions_have_stocks_signatures() -> None:
     assert list(inspect.signature(torchext.linear_relu).parameters) == ["input", "weight", "bias"]
 
 
+@pytest.mark.skipif(
+    not hasattr(nn, "LinearCrossEntropyLoss"), reason="torch 2.13 was the first to have it"
+)
+def test_linear_cross_entropy_has_stocks_signature_but_for_options() -> None:
+    for ours, stock in (
+        (torchext.nn.LinearCrossEntropyLoss, nn.LinearCrossEntropyLoss),
+        (torchext.linear_cross_entropy, nn.functional.linear_cross_entropy),
+    ):
+        expected = dict(inspect.signature(stock).parameters)
+        del expected["options"]  # of its chunks, which here are the rule
+        actual = dict(inspect.signature(ours).parameters)
+        assert list(actual)[: len(expected)] == list(expected)
+        for name, parameter in expected.items():
+            assert (actual[name].kind, actual[name].default) == (parameter.kind, parameter.default)
+        extras = [actual[name].kind for name in list(actual)[len(expected) :]]
+        assert set(extras) == {inspect.Parameter.KEYWORD_ONLY}
+
+
 @pytest.mark.parametrize("options", LOSSES, ids=str)
 def test_loss_forward_and_state(options: dict[str, Any]) -> None:
     ours, stock = torchext.nn.CrossEntropyLoss(**options), nn.CrossEntropyLoss(**options)

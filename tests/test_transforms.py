@@ -1,4 +1,4 @@
-"""Both ops under PyTorch's transforms: each gives what it gives of the stock ops."""
+"""The ops under PyTorch's transforms: each gives what it gives of the stock ops."""
 
 from __future__ import annotations
 
@@ -52,12 +52,38 @@ def loss_case(name: str, shape: tuple[int, ...], dense: bool = False, **options:
     return Case(name, with_target(torchext.cross_entropy), with_target(F.cross_entropy), shapes)
 
 
+def stock_head(
+    input: Tensor, weight: Tensor, target: Tensor, *, linear_bias: Any = None, **options: Any
+) -> Tensor:
+    logits = F.linear(input, weight.flatten(0, -2), linear_bias)
+    return F.cross_entropy(logits.unflatten(1, weight.shape[:-1]), target, **options)
+
+
+def head_case(name: str, *of_weight: int, dense: bool = False, **options: Any) -> Case:
+    """Four rows of 3 features, and a weight (C, ..., H)."""
+    generator = torch.Generator().manual_seed(len(name))
+    target = torch.randint(of_weight[0], (4, *of_weight[1:-1]), generator=generator)
+
+    def with_target(op: Function) -> Function:
+        if dense:
+            return lambda x, w, b: op(x, w, b.softmax(1), linear_bias=b[0], **options)
+        return lambda x, w: op(x, w, target, **options)
+
+    shapes = ((4, 3), of_weight, (4, of_weight[0])) if dense else ((4, 3), of_weight)
+    ours = with_target(torchext.linear_cross_entropy)
+    return Case(f"linear_cross_entropy-{name}", ours, with_target(stock_head), shapes)
+
+
 CASES = [
     loss_case("cross_entropy-mean", (4, 5)),
     loss_case("cross_entropy-none", (4, 5, 3), reduction="none"),
     loss_case("cross_entropy-sum-smoothed", (4, 5, 3), reduction="sum", label_smoothing=0.1),
     loss_case("cross_entropy-weighted-ignored", (4, 5), weighted=True, ignore_index=2),
     loss_case("cross_entropy-probabilities", (4, 5), dense=True),
+    head_case("mean", 5, 3),
+    head_case("none-smoothed", 5, 3, reduction="none", label_smoothing=0.1),
+    head_case("sum-ignored-dimensions", 5, 2, 3, reduction="sum", ignore_index=1),
+    head_case("probabilities", 5, 3, dense=True),
     Case("linear_relu", torchext.linear_relu, stock_linear_relu, ((4, 3), (5, 3), (5,))),
     Case("linear_relu-3d", torchext.linear_relu, stock_linear_relu, ((4, 2, 3), (5, 3))),
 ]

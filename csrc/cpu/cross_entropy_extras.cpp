@@ -51,7 +51,7 @@ struct PreparedExtras {
                        rows, classes, call.ignore_index, call.label_smoothing);
     mass = cpu::target_mass("cross_entropy", args.targets);  // refuses what is no class
     if (!args.targets.indices) {
-      const bool narrow = target.scalar_type() != wide(call.input.scalar_type());
+      const bool narrow = target.scalar_type() != accumulation_dtype(call.input.scalar_type());
       args.narrow_probabilities =
           narrow ? static_cast<const scalar_t*>(target.const_data_ptr()) : nullptr;
       args.targets.probabilities =
@@ -119,8 +119,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> cross_entropy_extras_
       op, ": expected logits (N, C), and reduction mean or sum with save_gradient");
   const int64_t rows = input.size(0);
   const Reduction how = static_cast<Reduction>(reduction);
-  const int32_t sums = wide(input.scalar_type()) == ScalarType::Double ? aoti_torch_dtype_float64()
-                                                                       : aoti_torch_dtype_float32();
+  const int32_t sums = accumulation_dtype(input.scalar_type()) == ScalarType::Double
+                           ? aoti_torch_dtype_float64()
+                           : aoti_torch_dtype_float32();
   const Tensor stats = empty_like(input, {2, rows}, sums);
   const Tensor losses = empty_like(input, {rows}, sums);
   const Tensor lse = empty_like(input, {return_lse ? rows : 0}, sums);

@@ -22,6 +22,11 @@ struct CrossEntropyShape {
   int64_t positions() const { return outer * inner; }
 };
 
+// The dtype of sums, of a loss before it is rounded, and of what goes back into it.
+inline ScalarType accumulation_dtype(ScalarType dtype) {
+  return dtype == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+}
+
 inline bool is_class_index(ScalarType dtype) {
   return dtype == ScalarType::Long || dtype == ScalarType::Int || dtype == ScalarType::Byte;
 }

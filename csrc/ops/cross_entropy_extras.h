@@ -11,11 +11,6 @@ namespace torchext {
 // Rows of fewer classes are not served on the CPU: the widest vector has 16 floats.
 constexpr int64_t kFewestClassesOfExtras = 16;
 
-// What a loss is summed in.
-inline ScalarType wide(ScalarType dtype) {
-  return dtype == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
-}
-
 struct ExtrasRows {
   const Tensor& input;
   const Tensor& target;
@@ -35,7 +30,7 @@ inline void check_extras_rows(const ExtrasRows& call, int64_t fewest_classes) {
                  " contiguous classes in float32, float64, bfloat16 or float16, but got shape ",
                  shape_string(input), " and dtype ", dtype_string(input));
   const int64_t rows = input.size(0), classes = input.size(1);
-  const ScalarType sums = wide(input.scalar_type());
+  const ScalarType sums = accumulation_dtype(input.scalar_type());
   const auto check = [&](const Tensor& tensor, const char* name, ScalarType dtype,
                          const std::vector<int64_t>& sizes) {
     TORCHEXT_CHECK(tensor.scalar_type() == dtype && sizes_of(tensor) == sizes, op, name,

@@ -22,11 +22,6 @@ struct LinearCrossEntropyShape {
   int64_t positions() const { return rows * inner; }
 };
 
-// The dtype of the loss and of what goes back into it: that of the sums.
-inline ScalarType accumulation_dtype(ScalarType dtype) {
-  return dtype == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
-}
-
 // `inner_dimension`: whether the caller serves a linear_weight of shape (C, D, H) as well.
 inline LinearCrossEntropyShape check_linear_cross_entropy(
     const Tensor& input, const Tensor& linear_weight, const Tensor& target,

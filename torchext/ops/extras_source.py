@@ -1,6 +1,6 @@
 """The logits of a loss with extras, a chunk of rows at a time, and where their gradient goes.
 
-Workspace: on the CPU 512 rows of logits (more where they take less than 8 MiB) in at most 64 MiB,
+Workspace: on the CPU 384 rows of logits (more where they take less than 8 MiB) in at most 64 MiB,
 elsewhere 512 MiB, or 256 rows where those are more. Where no kernel serves, again as much for
 softcap, and half for narrow logits. Logits that are given need none with a kernel.
 
@@ -21,7 +21,7 @@ from torchext.ops.linear_cross_entropy_fake import wide
 _BYTES = {"cpu": 64 << 20}
 _BYTES_ELSEWHERE = 512 << 20
 _MIN_ROWS = 256
-_ENOUGH_ROWS, _ENOUGH_BYTES = 512, 8 << 20
+_ENOUGH_ROWS, _ENOUGH_BYTES = 384, 8 << 20  # kEnoughRows, kSmallBytes
 _FEWEST_CLASSES = 16  # of the CPU's kernel: kFewestClassesOfExtras
 _NONE = _backend.EAGER
 

@@ -60,10 +60,11 @@ def linear_cross_entropy(
     r"""Computes the cross-entropy of linearly transformed input, without the logits.
 
     The same as ``F.cross_entropy(F.linear(input, linear_weight, linear_bias), target, ...)``, and
-    as torch 2.13's ``F.linear_cross_entropy``, but for memory: beside the gradients it needs one
-    buffer of 384 rows of logits (more where they take less than 8 MiB), of at most 64 MiB, or of
-    256 rows where those are more; on a GPU 128 MiB, and for 16-bit dtypes float32 sums of
-    linear_weight's gradient.
+    as torch 2.13's ``F.linear_cross_entropy``, but for memory. Beside the gradients it needs, on
+    the CPU, one buffer of 384 rows of logits (more where they take less than 8 MiB), of at most
+    64 MiB, or of 256 rows where those are more; on a GPU, by the CUDA library, 1072 MiB of logits
+    where linear_weight's gradient is wanted, else 512 MiB; by Triton 128 MiB, and for 16-bit dtypes
+    float32 sums of linear_weight's gradient. With extras: see `torchext.ops.extras_source`.
 
     float32, float64, bfloat16 and float16 run on the fused kernels, on the CPU or a GPU, with
     class indices and probabilities, class weights, label smoothing and every reduction, under

@@ -98,7 +98,8 @@ class CrossEntropyLossImpl : public torch::nn::Cloneable<CrossEntropyLossImpl> {
 };
 TORCH_MODULE(CrossEntropyLoss);
 
-// The options of LinearCrossEntropyLoss; Python's torch.nn.LinearCrossEntropyLoss has the same.
+// The options of LinearCrossEntropyLoss: those of Python's torch.nn.LinearCrossEntropyLoss but for
+// out_features, of a K-dimensional weight.
 struct LinearCrossEntropyLossOptions {
   LinearCrossEntropyLossOptions(int64_t in_features, int64_t num_classes)
       : in_features_(in_features), num_classes_(num_classes) {}

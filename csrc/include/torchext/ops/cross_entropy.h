@@ -29,7 +29,9 @@ inline const auto& cross_entropy_backward() {
 inline at::Tensor cross_entropy_reference(const at::Tensor& input, const at::Tensor& target,
                                           const at::Tensor& weight, int64_t reduction,
                                           int64_t ignore_index, double label_smoothing) {
-  const at::Tensor indices = target.scalar_type() == at::kInt ? target.to(at::kLong) : target;
+  // Stock takes uint8 by halves, and int32 not at all.
+  const bool narrow = target.scalar_type() == at::kInt || target.scalar_type() == at::kByte;
+  const at::Tensor indices = narrow ? target.to(at::kLong) : target;
   return at::cross_entropy_loss(input, indices, if_defined(weight), reduction, ignore_index,
                                 label_smoothing);
 }
