@@ -43,6 +43,9 @@ SHAPES: list[tuple[tuple[int, ...], int, int]] = [
     ((3,), 4, 0),
     ((2, 3), 4, 0),
     ((0,), 0, 0),
+    ((0,), 784, 512),  # products of no inner steps, of many rows
+    ((300,), 0, 600),
+    ((300,), 70, 0),
 ]
 
 

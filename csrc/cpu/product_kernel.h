@@ -40,8 +40,10 @@ struct Parts {
   int64_t first_of(int64_t visit) const { return share(count, visits, visit); }
   int64_t begin_of(int64_t part) const { return share(inner, count, part); }
   int64_t begin_of_visit(int64_t visit) const { return begin_of(first_of(visit)); }
-  // The most inner steps of a visit.
-  int64_t longest() const { return std::min(inner, int64_t{kPart} * kPartsOf<scalar_t>); }
+  // The most inner steps of a visit; of none, as an empty batch's weight's gradient has, 1.
+  int64_t longest() const {
+    return std::clamp<int64_t>(inner, 1, int64_t{kPart} * kPartsOf<scalar_t>);
+  }
 };
 
 // Columns of a panel, and of a tile: two vectors.
