@@ -110,6 +110,7 @@ def scaled(gradients: Sequence[Tensor], grad_loss: Tensor, owned: bool) -> tuple
     """
     if (
         not owned
+        or type(grad_loss) not in _backend.PLAIN
         or keeps_graph()
         # A tracer must not see the value; autocast has no say in a product.
         or not _backend.ordinary(any_backend=True, autocast=True)
@@ -122,6 +123,22 @@ def scaled(gradients: Sequence[Tensor], grad_loss: Tensor, owned: bool) -> tuple
         for gradient in gradients:
             gradient.mul_(grad_loss)
     return tuple(gradients)
+
+
+def unchanged(tensor: Tensor, version: int) -> Tensor:
+    """Returns a tensor that forward kept without saving it, where it is what it was then.
+
+    Args:
+        tensor: what was kept.
+        version: its version then.
+    """
+    if tensor._version != version:
+        raise RuntimeError(
+            "one of the variables needed for gradient computation has been modified by an inplace "
+            f"operation: a {type(tensor).__name__} of shape {list(tensor.shape)} is at version "
+            f"{tensor._version}; expected version {version} instead"
+        )
+    return tensor
 
 
 def came(wanted: Sequence[bool], needed: Sequence[bool]) -> bool:
@@ -151,6 +168,7 @@ def plain_backward(ctx: Any, grad_output: Tensor) -> bool:
     """
     return (
         ctx.owned
+        and type(grad_output) in _backend.PLAIN
         and not torch.is_grad_enabled()
         and _backend.ordinary()
         and not _is_batched(grad_output)
@@ -168,13 +186,17 @@ def wanted(grads: Sequence[Tensor], needed: Sequence[bool]) -> tuple[Tensor | No
     )
 
 
-def wants_reference(grad_output: Tensor) -> bool:
-    """Whether a backward must be made of stock ops: it is itself differentiated, or batched."""
+def wants_reference(grad_output: Tensor, owned: bool = False) -> bool:
+    """Whether a backward must be made of stock ops: it is itself differentiated, or batched.
+
+    Or, in an eager call (`owned`), its gradient is a subclass: who knows what that means.
+    """
     return (
         torch.is_grad_enabled()
         or torch._C._are_functorch_transforms_active()
         or forward_ad._current_level >= 0
         or _is_batched(grad_output)  # is_grads_batched
+        or (owned and type(grad_output) not in _backend.PLAIN)
     )
 
 

@@ -26,6 +26,7 @@ from torch.overrides import handle_torch_function, has_torch_function_variadic
 from torchext import _autograd, _backend, _errors, _native, reference
 from torchext.ops import cross_entropy_fake, cross_entropy_triton
 from torchext.ops import extras as with_extras
+from torchext.ops.cross_entropy_inplace import apart, inplace
 from torchext.ops.extras import Extras
 
 _PLAIN, _FLOATING = _backend.PLAIN, _backend.FLOATING
@@ -82,7 +83,9 @@ def cross_entropy(
     class indices as well. float32, float64, bfloat16 and float16 on the CPU run on the fused
     kernel, which sums in float32 or wider and gives the same bits for any number of threads;
     anything else, and what is too small to gain, runs as the stock op. Under autocast it computes
-    in float32, as the stock op does.
+    in float32, as the stock op does. Between forward and backward the logits may be changed in
+    place, as with the stock op, but not with reduction "none", float16, extras or compiled: there
+    backward reads them, and autograd raises the usual error.
 
     Args:
         input: the logits, not normalised.
@@ -149,9 +152,9 @@ def cross_entropy(
         or return_lse or return_argmax or ignored_mean != "nan"
     ):  # fmt: skip
         extras = Extras(z_loss, softcap, logit_scale, return_lse, return_argmax, ignored_mean)
-        inplace = inplace_backward and not extras.need_logits  # torch's ops read the logits, too
+        overwrite = inplace_backward and not extras.need_logits  # torch's ops read the logits, too
         return with_extras.cross_entropy(
-            partial(_attempt, inplace_backward=inplace), extras, input, target, weight,
+            partial(_attempt, inplace_backward=overwrite), extras, input, target, weight,
             ignore_index, reduction, label_smoothing, _overwriting if inplace_backward else None,
         )  # fmt: skip
     try:
@@ -216,8 +219,8 @@ def _cross_entropy(
         return _kernel(input, target, weight, code, ignore_index, label_smoothing, False)[0]  # type: ignore[no-any-return]
     # In float16 a mean's gradient underflows before a loss scale can lift it: made in backward.
     one_pass = code != 0 and input.dtype is not torch.float16
-    if inplace_backward and one_pass and input.is_contiguous() and _apart(input, target):
-        return _inplace(_inplace_kernel, input, target, weight, code, ignore_index, label_smoothing)
+    if inplace_backward and one_pass and input.is_contiguous() and apart(input, target):
+        return inplace(_inplace_kernel, input, target, weight, code, ignore_index, label_smoothing)
     return _differentiable(input, target, weight, code, ignore_index, label_smoothing, one_pass)
 
 
@@ -258,13 +261,7 @@ def _plain(input: Tensor, target: Tensor, weight: Tensor | None) -> bool:
 
 def _overwriting(run: Callable[..., Tensor], *arguments: Any) -> Tensor | None:
     """The loss with extras that `run` computes, the gradient in the logits' place, if it may be."""
-    return _inplace(run, *arguments) if _apart(*arguments[:2]) else None
-
-
-def _apart(input: Tensor, target: Tensor) -> bool:
-    """Whether overwriting the logits leaves the target alone."""
-    storages = (input.untyped_storage().data_ptr(), target.untyped_storage().data_ptr())
-    return storages[0] != storages[1]
+    return inplace(run, *arguments) if apart(*arguments[:2]) else None
 
 
 def _served(input: Tensor, target: Tensor, weight: Tensor | None) -> bool:
@@ -321,8 +318,11 @@ def _settle(
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     input, target, weight, *ctx.options, ctx.one_pass = inputs
+    ctx.logits = None
     if not ctx.owned:
         ctx.mark_non_differentiable(output[1], output[2])
+    elif ctx.one_pass:  # as stock's, backward reads them no more: they may be changed
+        ctx.logits, input = (input, input._version), None
     ctx.save_for_backward(input, target, weight, output[2] if ctx.one_pass else output[1])
 
 
@@ -330,8 +330,10 @@ def _backward(
     ctx: Any, grad_loss: Tensor, *_: Tensor | None, kernel: Callable[..., Any] | None = None
 ) -> tuple[Tensor | None, ...]:
     input, target, weight, saved = ctx.saved_tensors
-    if _autograd.wants_reference(grad_loss):
+    if _autograd.wants_reference(grad_loss, ctx.owned):
         reduction, ignore_index, label_smoothing = ctx.options
+        if ctx.logits is not None:
+            input = _autograd.unchanged(*ctx.logits)
 
         def loss(logits: Tensor) -> Tensor:
             return reference.cross_entropy(
@@ -340,46 +342,14 @@ def _backward(
 
         (grad_input,) = _autograd.reference_gradients(loss, (input,), (True,), grad_loss)
     elif ctx.one_pass:
+        if ctx.logits is not None and not _autograd.keeps_graph():
+            ctx.logits = None
         (grad_input,) = _autograd.scaled((saved,), grad_loss, ctx.owned)
     else:
         if kernel is None:
             kernel = _backward_kernel if ctx.owned and _backend.ordinary() else _backward_op
         grad_input = kernel(grad_loss.resolve_neg(), input, target, weight, saved, *ctx.options)
     return grad_input, None, None, None, None, None, None
-
-
-class _Inplace(torch.autograd.Function):
-    """The gradient in the place of the logits."""
-
-    @staticmethod
-    def forward(  # noqa: D102
-        ctx: Any,
-        run: Callable[..., Tensor],
-        input: Tensor,
-        target: Tensor,
-        weight: Tensor | None,
-        reduction: int,
-        ignore_index: int,
-        label_smoothing: float,
-    ) -> Tensor:
-        loss = run(input, target, weight, reduction, ignore_index, label_smoothing)
-        # What saved the logits before this must not use them again, and backward must not use a
-        # gradient that was changed after it.
-        torch.autograd.graph.increment_version(input)
-        ctx.owned = not _autograd.kept_by_hooks()
-        ctx.save_for_backward(input.detach())
-        return loss
-
-    @staticmethod
-    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:  # noqa: D102
-        if _autograd.wants_reference(grad_loss):
-            raise RuntimeError(
-                "cross_entropy: a second derivative needs the logits, but inplace_backward=True "
-                "overwrote them; call it with inplace_backward=False"
-            )
-        (gradient,) = ctx.saved_tensors
-        (grad_input,) = _autograd.scaled((gradient,), grad_loss, ctx.owned)
-        return None, grad_input, None, None, None, None, None
 
 
 if not _native.cpu_missing:
@@ -394,5 +364,4 @@ if not _native.cpu_missing:
         torch.ops.torchext.cross_entropy_forward.default, _setup_context, _backward
     )
 
-_inplace = _autograd.fast_apply(_Inplace)
-_triton_call = cross_entropy_triton.define(_setup_context, _backward, _inplace, _apart)
+_triton_call = cross_entropy_triton.define(_setup_context, _backward, inplace, apart)

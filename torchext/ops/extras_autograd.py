@@ -261,7 +261,7 @@ def backward(
     if not upstream:
         return (None, None, None)
     *saved, first, second, third = ctx.saved_tensors
-    if any(map(_autograd.wants_reference, upstream)):
+    if any(_autograd.wants_reference(grad, ctx.owned) for grad in upstream):
         target, weight = saved[3:5]
         begin, end = (1 if grad_loss is None else 0), (1 if grad_lse is None else 2)
 

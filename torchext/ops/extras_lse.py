@@ -57,7 +57,7 @@ class _Function(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor | None:
         logits, stats = ctx.saved_tensors
-        if _autograd.wants_reference(grad):
+        if _autograd.wants_reference(grad, True):
             return _autograd.reference_gradients(_defined, (logits,), (True,), grad)[0]
         gradient = torch.empty_like(logits)
         largest, total = stats

@@ -352,7 +352,7 @@ def _recomputed(
 ) -> tuple[Tensor | None, ...]:
     """The gradients, from the saved tensors."""
     input, linear_weight, target, linear_bias, weight, stats, *saved = ctx.saved_tensors
-    if _autograd.wants_reference(grad_loss):
+    if _autograd.wants_reference(grad_loss, ctx.owned):
 
         def loss(x: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
             return fakes.definition(x, w, target, b, weight, *ctx.options)

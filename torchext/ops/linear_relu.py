@@ -196,7 +196,7 @@ def _backward(
         weight = unsaved
     if run is None and _autograd.plain_backward(ctx, grad_output):
         grads = _backward_kernel(grad_output, output, input, weight, *needed)
-    elif _autograd.wants_reference(grad_output):
+    elif _autograd.wants_reference(grad_output, ctx.owned):
         grads = _reference_backward(grad_output, output, input, weight, *needed)
     else:
         run = _backward_op if run is None else run
