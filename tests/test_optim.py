@@ -262,3 +262,47 @@ def test_use_backend_eager_takes_the_stock_step(kernel_calls: list[int]) -> None
     with torchext.use_backend("eager"):
         ours.step()
     assert kernel_calls == []
+
+
+def overlapping(optimizer: type[torch.optim.SGD], momentum: float) -> Tensor:
+    """A flat buffer after some steps of parameters that are parts of it."""
+    generator = torch.Generator().manual_seed(3)
+    flat = torch.randn(400_000, generator=generator)
+    parts = [flat, flat[:200_000], flat[100_000:300_000], flat[:300_000].view(100, 3000)]
+    made = [torch.nn.Parameter(part) for part in parts]
+    steps = optimizer(made, lr=0.1, weight_decay=0.1, momentum=momentum)
+    for _ in range(10):
+        for param in made:
+            param.grad = torch.randn(param.shape, generator=generator)
+        steps.step()
+    return flat
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_parameters_that_share_memory_are_updated_one_after_another(momentum: float) -> None:
+    assert torch.equal(overlapping(optim.SGD, momentum), overlapping(torch.optim.SGD, momentum))
+
+
+@pytest.mark.parametrize("option", ["lr", "weight_decay"])
+def test_a_factor_that_float32_does_not_hold_is_refused(option: str) -> None:
+    for optimizer in (torch.optim.SGD, optim.SGD):
+        param = torch.nn.Parameter(torch.ones(3))
+        steps = optimizer([param], **{"lr": 0.1, "momentum": 0.5})
+        param.grad = torch.ones(3)
+        steps.step()
+        before = param.detach().clone()
+        steps.param_groups[0][option] = 1e39
+        with pytest.raises(RuntimeError, match="without overflow"):
+            steps.step()
+        assert torch.equal(param, before)
+
+
+def test_inference_tensors_are_refused_as_by_stock() -> None:
+    for optimizer in (torch.optim.SGD, optim.SGD):
+        with torch.inference_mode():
+            param = torch.nn.Parameter(torch.ones(3))
+            steps = optimizer([param], lr=0.1)
+            param.grad = torch.ones(3)
+            steps.step()
+        with pytest.raises(RuntimeError, match="inference tensor"):
+            steps.step()

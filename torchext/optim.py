@@ -14,6 +14,8 @@ from torchext import _autograd, _backend, _native
 __all__ = ["SGD"]
 
 _PLAIN = _backend.PLAIN
+# Stock refuses some factors that float32 does not hold.
+_MOST = torch.finfo(torch.float32).max
 
 
 class SGD(torch.optim.SGD):
@@ -89,7 +91,10 @@ def _arguments(group: dict[str, Any], state: dict[Tensor, Any]) -> tuple[Any, ..
         or group["fused"]
         or group["differentiable"]
         or isinstance(lr, Tensor)
+        or isinstance(momentum, Tensor)
+        or isinstance(dampening, Tensor)
         or isinstance(weight_decay, Tensor)
+        or max(abs(lr), abs(momentum), abs(dampening), abs(weight_decay)) > _MOST
     ):
         return None
     params, grads, buffers = [], [], []
@@ -99,11 +104,13 @@ def _arguments(group: dict[str, Any], state: dict[Tensor, Any]) -> tuple[Any, ..
             continue
         if type(param) not in _PLAIN or type(grad) is not Tensor or grad.is_neg():
             return None
+        if param.is_inference():
+            return None
         params.append(param)
         grads.append(grad)
         if momentum != 0:
             buffer = state[param].get("momentum_buffer")
-            if buffer is None:
+            if buffer is None or buffer.is_inference():
                 return None
             buffers.append(buffer)
     options = (lr, momentum, dampening, weight_decay, group["nesterov"], group["maximize"])

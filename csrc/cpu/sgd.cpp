@@ -3,6 +3,7 @@
 #include "ops/sgd.h"
 
 #include <algorithm>
+#include <utility>
 
 #include "cpu/dispatch.h"
 #include "cpu/simd.h"
@@ -79,6 +80,24 @@ scalar_t* data_of(const Tensor& tensor) {
   return static_cast<scalar_t*>(tensor.mutable_data_ptr());
 }
 
+// Whether any two share memory.
+bool overlap(const std::vector<const std::vector<Tensor>*>& lists) {
+  std::vector<std::pair<const char*, const char*>> ranges;
+  for (const auto* list : lists) {
+    for (const Tensor& tensor : *list) {
+      const auto* begin = static_cast<const char*>(tensor.const_data_ptr());
+      const int64_t size =
+          tensor.scalar_type() == ScalarType::Float ? sizeof(float) : sizeof(double);
+      if (tensor.numel() > 0) ranges.emplace_back(begin, begin + tensor.numel() * size);
+    }
+  }
+  std::sort(ranges.begin(), ranges.end());
+  for (size_t i = 1; i < ranges.size(); ++i) {
+    if (ranges[i].first < ranges[i - 1].second) return true;
+  }
+  return false;
+}
+
 void sgd_cpu(std::vector<Tensor> params, std::vector<Tensor> grads,
              std::vector<Tensor> momentum_buffers, double lr, double momentum, double dampening,
              double weight_decay, bool nesterov, bool maximize) {
@@ -91,7 +110,9 @@ void sgd_cpu(std::vector<Tensor> params, std::vector<Tensor> grads,
   }
   // Every thread takes its share of every parameter, the share of rows that linear_relu gave it.
   const auto threads = static_cast<int64_t>(torch::stable::get_num_threads());
-  const int64_t shares = std::clamp<int64_t>(elements / kGrain, 1, threads);
+  int64_t shares = std::clamp<int64_t>(elements / kGrain, 1, threads);
+  // Views of one buffer, perhaps: then a parameter after the other, as stock does.
+  if (shares > 1 && overlap({&params, &grads, &momentum_buffers})) shares = 1;
   for_each_block(shares, 1, [&](int64_t begin, int64_t end) {
     for (size_t i = 0; i < params.size(); ++i) {
       const int64_t first = params[i].numel() * begin / shares;
