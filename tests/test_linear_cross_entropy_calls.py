@@ -289,3 +289,23 @@ def test_k_dimensional_errors(change: dict[str, Tensor], error: type[Exception])
     }
     with pytest.raises(error):
         torchext.linear_cross_entropy(**{**call, **change})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (1, 8), (4, 8), (7,)], ids=str)
+@pytest.mark.parametrize("differentiable", [False, True])
+def test_a_bias_that_would_be_broadcast_is_refused(
+    shape: tuple[int, ...], differentiable: bool
+) -> None:
+    input, weight = torch.randn(4, 3), torch.randn(8, 3, requires_grad=differentiable)
+    with pytest.raises(RuntimeError):
+        torchext.linear_cross_entropy(
+            input, weight, torch.tensor([0, 1, 2, 3]), linear_bias=torch.randn(shape)
+        )
+
+
+@pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
+def test_no_classes_with_an_extra(reduction: str) -> None:
+    tensors = (torch.randn(3, 4), torch.randn(0, 4), torch.zeros(3, 0))
+    plain = torchext.linear_cross_entropy(*tensors, reduction=reduction)
+    extra = torchext.linear_cross_entropy(*tensors, reduction=reduction, logit_scale=2.0)
+    assert torch.equal(plain.isnan(), extra.isnan()) and plain.shape == extra.shape

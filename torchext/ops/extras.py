@@ -304,7 +304,7 @@ def mean_or(
         dtype = total.dtype
     if target.is_floating_point():
         classes = target.shape[0 if like.dim() == 1 else 1]
-        mass = torch.full_like(total, target.numel() // classes)
+        mass = torch.full_like(total, target.numel() // max(classes, 1))
     else:
         kept = target != ignore_index
         if weight is None:

@@ -71,6 +71,8 @@ def by_stock(
         or linear_weight.numel() * target.numel() > (_SMALL_ON_CPU if input.is_cpu else _SMALL)
         or input.dim() != 2
         or linear_weight.dim() != 2
+        # What linear would broadcast is refused.
+        or (linear_bias is not None and linear_bias.shape != linear_weight.shape[:1])
     ):
         return None
     return _stock(  # type: ignore[no-any-return]
