@@ -8,9 +8,10 @@ NATIVE := setup.py pyproject.toml $(wildcard csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu
 
 .PHONY: help setup train train-cpp test bench lint compile-cuda compile-triton gpu-check wheel clean
 help:  ## this list
-	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:[^#]*## /\t/' | expand -t 14
+	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:[^#]*## /\t/' | expand -t 16
 
 $(VENV)/torch.stamp: Makefile
+	@echo "setting up $(VENV): torch and its tools, then the kernels (minutes, once)"
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --upgrade pip
 	$(BIN)/pip install --quiet "$(TORCH)"

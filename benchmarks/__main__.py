@@ -43,7 +43,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("\ninterrupted", file=sys.stderr)
         return 130
     except (OSError, ValueError) as error:
-        print(f"benchmarks: error: {error}", file=sys.stderr)
+        what = str(error)
+        if isinstance(error, FileNotFoundError):
+            what = f"no such file or folder: {error.filename}"
+        print(f"benchmarks: error: {what}", file=sys.stderr)
         return 2
 
 

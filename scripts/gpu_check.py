@@ -3,10 +3,11 @@
     make gpu-check OUT=dir
 
 Builds the package with this machine's own python3, torch, nvcc and Triton, runs the tests on CUDA
-with each backend (up to 12 cases of each, drawn afresh), a small run under compute-sanitizer, and the benchmarks. Each stage says what it
-does, has a time limit, and does not end the others when it fails; all of them end within nine
-minutes. `dir` gets gpu_check.log, summary.json and benchmarks.tar.gz; the benchmarks' results also
-go to benchmarks/results/<device>/. The exit code says whether all stages passed.
+with each backend (up to 12 cases of each, drawn afresh), a small run under compute-sanitizer, and
+the benchmarks. Each stage says what it does, has a time limit, and does not end the others when it
+fails; all of them end within nine minutes. `dir` gets gpu_check.log, summary.json and
+benchmarks.tar.gz; the benchmarks' results also go to benchmarks/results/<device>/. The exit code
+says whether all stages passed.
 """
 
 from __future__ import annotations

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 import torchext
 
 WORDS = 512  # of the vocabulary, in use
+HEADS_OF_ATTENTION = 4
 
 
 class Block(nn.Module):
@@ -56,7 +57,7 @@ class GPT(nn.Module):
     def __init__(self, vocabulary: int, context: int, width: int, layers: int) -> None:
         super().__init__()
         self.tokens, self.places = nn.Embedding(vocabulary, width), nn.Embedding(context, width)
-        self.blocks = nn.Sequential(*(Block(width, 4) for _ in range(layers)))
+        self.blocks = nn.Sequential(*(Block(width, HEADS_OF_ATTENTION) for _ in range(layers)))
         self.norm = nn.LayerNorm(width)
 
     def forward(self, tokens: Tensor) -> Tensor:
@@ -141,6 +142,8 @@ def main() -> None:
     options = parser.parse_args()
     if options.vocabulary < WORDS or options.steps < 1:
         parser.error(f"expected --vocabulary of {WORDS} or more, and --steps of 1 or more")
+    if options.width < HEADS_OF_ATTENTION or options.width % HEADS_OF_ATTENTION != 0:
+        parser.error(f"expected --width to be a multiple of {HEADS_OF_ATTENTION}")
     if options.head:
         print(train(options.head, options))
         return
@@ -152,7 +155,8 @@ def main() -> None:
     print(f"{'head':<16}{'loss':>10}{'ms a step':>12}{'peak MB above':>14}", flush=True)
     for name in HEADS:
         command = [sys.executable, __file__, *sys.argv[1:], "--head", name]
-        subprocess.run(command, check=True)
+        if (code := subprocess.run(command).returncode) != 0:
+            sys.exit(code)
 
 
 if __name__ == "__main__":
