@@ -94,22 +94,26 @@ def test_the_operators_give_the_loss_as_wide_as_the_sums() -> None:
             )
 
 
-def test_what_the_cuda_library_does_not_take(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Inner dimensions, and the weights of classes that autocast leaves wide."""
+@pytest.mark.parametrize("triton", [False, True])
+def test_what_the_cuda_library_does_not_take(monkeypatch: pytest.MonkeyPatch, triton: bool) -> None:
+    """Inner dimensions, and the weights of classes that autocast leaves wide, are Triton's."""
     place = sys.modules[f"torchext.ops.{OP}"].place_of
+    monkeypatch.setattr(_triton, "serves", lambda tensor: triton)
     with FakeTensorMode():
         x = torch.empty(4, 5, device="cuda")
         flat = torch.empty(7, 5, device="cuda"), torch.empty(4, dtype=torch.int64, device="cuda")
         deep = torch.empty(7, 2, 5, device="cuda"), torch.empty(4, 2, dtype=torch.int64)
+        narrow, wide = [tensor.half() for tensor in (x, flat[0])], torch.empty(7, device="cuda")
         for served in (_backend.OPERATOR, _backend.TRITON, _backend.EAGER):
             monkeypatch.setattr(_backend, "route", lambda *_, served=served, **__: served)
             assert place(False, x, *flat, None, None) == served
-            assert place(False, x, *flat, None, torch.empty(7, device="cuda")) == served
-            expected = _backend.EAGER if served == _backend.OPERATOR else served
-            assert place(False, x, *deep, None, None) == expected
-            narrow = [tensor.half() for tensor in (x, flat[0])]
-            wide = torch.empty(7, device="cuda")
-            assert place(False, *narrow, flat[1], None, wide) == expected
+            assert place(False, x, *flat, None, wide) == served
+            for name in ("auto", "native"):
+                instead = _backend.TRITON if triton and name == "auto" else _backend.EAGER
+                expected = instead if served == _backend.OPERATOR else served
+                with torchext.use_backend(name):
+                    assert place(False, x, *deep, None, None) == expected
+                    assert place(False, *narrow, flat[1], None, wide) == expected
 
 
 @pytest.mark.parametrize("by", ["triton", "library"])

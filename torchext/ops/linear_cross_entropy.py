@@ -69,9 +69,10 @@ def linear_cross_entropy(
     float32, float64, bfloat16 and float16 run on the fused kernels, on the CPU or a GPU, with
     class indices and probabilities, class weights, label smoothing and every reduction, under
     autocast and with K-dimensional weights (the CUDA library takes neither these nor the wide class
-    weights of autocast). The extras walk chunks of rows as well, compiled or not, by kernels of
-    their own. Anything else (functorch transforms, second
-    derivatives, extras under torch.jit.trace) runs as the two stock ops, on the whole logits.
+    weights of autocast: Triton's kernels do). Gradients of a mean or sum are made with the loss, of
+    the tensors as they are then. The extras walk chunks of rows as well, compiled or not, by
+    kernels of their own. Anything else (functorch transforms, second derivatives, extras under
+    torch.jit.trace) runs as the two stock ops, on the whole logits.
 
     Args:
         input: the features.
