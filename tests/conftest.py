@@ -20,7 +20,11 @@ from torchext.testing import TOLERANCES, backends_for, devices
 # are left out there, and the header says so. (`make setup` installs all of it.)
 NEEDS = {
     "hypothesis": ["test_cross_entropy_bits.py"],
-    "expecttest": ["test_linear_cross_entropy_databases.py", "test_pytorch_databases.py"],
+    "expecttest": [
+        "test_linear_cross_entropy_databases.py",
+        "test_narrow_errors.py",
+        "test_pytorch_databases.py",
+    ],
 }
 LACKING = [name for name in NEEDS if importlib.util.find_spec(name) is None]
 if LACKING and os.environ.get("CI"):

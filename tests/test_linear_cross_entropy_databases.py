@@ -11,14 +11,14 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from narrow_errors import Narrow
 from torch import Tensor, nn
 from torch.testing._internal.common_methods_invocations import op_db
 from torch.testing._internal.common_modules import module_db
-from torch.utils import _pytree as pytree
 
 import torchext
 from torchext import reference
-from torchext.testing import assert_drop_in, derivatives
+from torchext.testing import assert_drop_in
 
 NAME = "nn.functional.linear_cross_entropy"
 INFOS = [info for info in op_db if info.name == NAME]
@@ -32,37 +32,6 @@ pytestmark = pytest.mark.skipif(
 
 def without_options(kwargs: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in kwargs.items() if name != "options"}
-
-
-class Narrow:
-    """The errors of many small results in low precision against those of the two stock ops.
-
-    Of a few values that an error is the smaller one is a matter of luck; of their sum it is not.
-    """
-
-    def __init__(self) -> None:
-        self.ours = self.eager = 0.0
-
-    def add(self, ours: Any, eager: Any, arguments: list[Any], kwargs: dict[str, Any]) -> None:
-        upstream = torch.randn_like(derivatives(eager, arguments, kwargs)[0])
-        wide = pytree.tree_map(widened, (arguments, kwargs, upstream))
-        found = [derivatives(function, arguments, kwargs, upstream) for function in (ours, eager)]
-        for actual, stock, exact in zip(*found, derivatives(eager, *wide), strict=True):
-            assert actual.dtype == stock.dtype and actual.shape == stock.shape
-            size = exact.nan_to_num().abs().max().item()
-            torch.testing.assert_close(
-                actual.double(), exact, rtol=0, atol=2e-2 * (size + 1), equal_nan=True
-            )
-            if exact.isfinite().all() and stock.isfinite().all():
-                scale = exact.norm().item() + 1e-6
-                self.ours += (actual.double() - exact).norm().item() / scale
-                self.eager += (stock.double() - exact).norm().item() / scale
-
-
-def widened(leaf: Any) -> Any:
-    if isinstance(leaf, Tensor) and leaf.is_floating_point():
-        return leaf.detach().double().requires_grad_(leaf.requires_grad)
-    return leaf
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
