@@ -202,34 +202,6 @@ def test_second_derivatives_match_stock():
     torch.testing.assert_close(ours, stock)
 
 
-@pytest.mark.parametrize("dynamic", [False, True])
-@pytest.mark.parametrize("reduction", ["mean", "none"])
-def test_compiled_training(dynamic: bool, reduction: str):
-    torch._dynamo.reset()
-
-    def loss(x: Tensor, w: Tensor, b: Tensor, t: Tensor) -> Tensor:
-        options = {"linear_bias": b, "reduction": reduction, "label_smoothing": 0.1}
-        return torchext.linear_cross_entropy(x * 2, w, t, **options) * 1.5
-
-    compiled = torch.compile(loss, fullgraph=True, dynamic=dynamic)
-    linear_weight, bias = torch.randn(7, 3, requires_grad=True), torch.randn(7, requires_grad=True)
-    for rows in (4, 9, 17) if dynamic else (4,):
-        input = torch.randn(rows, 3, requires_grad=True)
-        target = torch.randint(0, 7, (rows,))
-        stock = F.cross_entropy(
-            F.linear(input * 2, linear_weight, bias),
-            target,
-            reduction=reduction,
-            label_smoothing=0.1,
-        )
-        results = []
-        upstream = torch.randn(stock.shape)
-        for value in (compiled(input, linear_weight, bias, target), stock * 1.5):
-            wanted = (input, linear_weight, bias)
-            results.append((value, *torch.autograd.grad(value, wanted, upstream)))
-        torch.testing.assert_close(*results)
-
-
 def test_leading_dimensions_and_autocast():
     input = torch.randn(2, 3, 4, requires_grad=True)
     linear_weight = torch.randn(5, 4)

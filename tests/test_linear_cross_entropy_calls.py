@@ -1,4 +1,4 @@
-"""linear_cross_entropy under autocast and of K-dimensional weights: the kernel serves these too."""
+"""linear_cross_entropy under autocast, compiled, of K-dimensional weights: all by the kernel."""
 
 from __future__ import annotations
 
@@ -309,3 +309,31 @@ def test_no_classes_with_an_extra(reduction: str) -> None:
     plain = torchext.linear_cross_entropy(*tensors, reduction=reduction)
     extra = torchext.linear_cross_entropy(*tensors, reduction=reduction, logit_scale=2.0)
     assert torch.equal(plain.isnan(), extra.isnan()) and plain.shape == extra.shape
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_compiled_training(dynamic: bool, reduction: str) -> None:
+    torch._dynamo.reset()
+
+    def loss(x: Tensor, w: Tensor, b: Tensor, t: Tensor) -> Tensor:
+        options = {"linear_bias": b, "reduction": reduction, "label_smoothing": 0.1}
+        return torchext.linear_cross_entropy(x * 2, w, t, **options) * 1.5
+
+    compiled = torch.compile(loss, fullgraph=True, dynamic=dynamic)
+    linear_weight, bias = torch.randn(7, 3, requires_grad=True), torch.randn(7, requires_grad=True)
+    for rows in (4, 9, 17) if dynamic else (4,):
+        input = torch.randn(rows, 3, requires_grad=True)
+        target = torch.randint(0, 7, (rows,))
+        stock = F.cross_entropy(
+            F.linear(input * 2, linear_weight, bias),
+            target,
+            reduction=reduction,
+            label_smoothing=0.1,
+        )
+        results = []
+        upstream = torch.randn(stock.shape)
+        for value in (compiled(input, linear_weight, bias, target), stock * 1.5):
+            wanted = (input, linear_weight, bias)
+            results.append((value, *torch.autograd.grad(value, wanted, upstream)))
+        torch.testing.assert_close(*results)
