@@ -172,6 +172,11 @@ def _place(tensor: Tensor, op: str, work: int) -> int:
     return {"native": OPERATOR, "triton": TRITON}.get(_choice.choose(op, work, here), EAGER)
 
 
+def beside_native(tensor: Tensor) -> int:
+    """Where a call goes that the native kernels of its device do not take: to Triton, if it may."""
+    return TRITON if _active == "auto" and _triton.serves(tensor) else EAGER
+
+
 def serves_dtype(tensor: Tensor | None) -> bool:
     """Whether the kernels compute in the tensor's dtype."""
     return tensor is not None and tensor.dtype in FLOATING

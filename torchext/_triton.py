@@ -138,12 +138,11 @@ def register(op: str, name: str, fake: Callable[..., Any]) -> tuple[OpOverload, 
     if interpreted:
         _library.impl(name, run, "CPU")
     torch.library.register_fake(f"torchext_triton::{name}", fake, lib=_library)
-    if _native.cpu_missing:
-        pass  # without it no operator has that name
-    elif torch._C._dispatch_has_kernel_for_dispatch_key(f"torchext::{name}", "CUDA"):
-        _native_cuda.add(op)
-    else:
-        _native_library.impl(name, run, "CUDA")
+    if not _native.cpu_missing:  # without it no operator has that name
+        if torch._C._dispatch_has_kernel_for_dispatch_key(f"torchext::{name}", "CUDA"):
+            _native_cuda.add(op)
+        else:
+            _native_library.impl(name, run, "CUDA")
     operator: OpOverload = getattr(torch.ops.torchext_triton, name).default
     return operator, run
 

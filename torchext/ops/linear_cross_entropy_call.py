@@ -274,7 +274,8 @@ def place_of(
         work = input.numel() * linear_weight.shape[:-1].numel()
         place = _backend.route(*tensors, op="linear_cross_entropy", work=work)
         if place == _backend.OPERATOR and not input.is_cpu:
-            return place if gpu.library_takes(input, linear_weight, weight) else gpu.instead(input)
+            taken = gpu.library_takes(input, linear_weight, weight)
+            return place if taken else _backend.beside_native(input)
         return place
     # The kernel itself refuses the other tensors' devices and layouts.
     plain = (

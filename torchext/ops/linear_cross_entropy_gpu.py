@@ -69,12 +69,6 @@ def library_takes(input: Tensor, linear_weight: Tensor, weight: Tensor | None) -
     return linear_weight.dim() <= 2 and (weight is None or weight.dtype == input.dtype)
 
 
-def instead(input: Tensor) -> int:
-    """Where a call goes that the library does not take: to Triton, which does, if it may."""
-    triton = _backend._active == "auto" and _triton.serves(input)
-    return _backend.TRITON if triton else _backend.EAGER
-
-
 def _with_kernel(backward: _autograd.Backward, kernel: OpOverload) -> _autograd.Backward:
     def by_kernel(ctx: Any, *grads: Tensor | None) -> Any:
         return backward(ctx, *grads, kernel=kernel)
