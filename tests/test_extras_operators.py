@@ -101,7 +101,9 @@ def test_product_out(dtype: torch.dtype) -> None:
             expected = left.double() @ right.double()
             expected += before.double() if accumulate else 0 if given is None else bias.double()
             error = (out.double() - expected).norm()
-            assert error <= 2 * FLOOR[dtype] * expected.norm()
+            # Of what such sums come to: three of them may be near 0 by chance.
+            size = (rows * columns * inner) ** 0.5
+            assert error <= 2 * FLOOR[dtype] * size
             call = (left, right, given, accumulate, out)
             torch.library.opcheck(PRODUCT, call)
     for wrong in (

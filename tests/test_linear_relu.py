@@ -32,6 +32,7 @@ SHAPES: list[tuple[tuple[int, ...], int, int]] = [
     ((2, 3, 2, 2), 6, 3),
     ((13,), 257, 33),
     ((100,), 784, 64),
+    ((18,), 1030, 11),
     ((300,), 520, 70),
     ((700,), 784, 64),
     ((130,), 20, 4200),
@@ -172,6 +173,14 @@ def test_strides(
         check(tensors["input"], tensors["weight"], grad_output=grad_output)
 
 
+@pytest.mark.parametrize("layout", LAYOUTS[:-1])
+def test_strides_of_long_sums(backend: str, device: str, layout: Callable[..., Tensor]) -> None:
+    for dtype, which in itertools.product((torch.float32, torch.float64), ((0,), (1,), (0, 1, 2))):
+        tensors = make(((18,), 272, 11), dtype, "cpu", integers)
+        given = [(layout(x) if i in which else x).to(device) for i, x in enumerate(tensors)]
+        assert torch.equal(torchext.linear_relu(*given), stock(*given))
+
+
 def test_a_slice_of_a_larger_parameter(backend: str, device: str) -> None:
     parameters = torch.randn(4, 20, 30, device=device)
     check(torch.randn(3, 30, device=device), parameters[2], parameters[1, :, 3])
@@ -226,13 +235,19 @@ SPECIAL = [float("nan"), float("inf"), -float("inf"), -0.0]
 
 @pytest.mark.parametrize("value", SPECIAL)
 @pytest.mark.parametrize("which", [0, 1, 2, 3])
+@pytest.mark.parametrize("shape", [((5,), 33, 19), ((3,), 1030, 9)], ids=str)
 def test_special_values_are_stocks(
-    backend: str, device: str, dtype: torch.dtype, value: float, which: int
+    backend: str,
+    device: str,
+    dtype: torch.dtype,
+    value: float,
+    which: int,
+    shape: tuple[tuple[int, ...], int, int],
 ) -> None:
-    """In input, weight, bias or the upstream gradient."""
-    tensors = [*make(((5,), 33, 19), dtype, device, integers)]
-    tensors.append(integers((5, 19)).to(device, dtype))
-    tensors[which].view(-1)[2] = value
+    """In input, weight, bias or the upstream gradient: the third number, or the last."""
+    tensors = [*make(shape, dtype, device, integers)]
+    tensors.append(integers((*shape[0], shape[2])).to(device, dtype))
+    tensors[which].view(-1)[2 if shape[1] == 33 else -1] = value
     *leaves, upstream = tensors
     leaves = [x.requires_grad_() for x in leaves]
     ours, expected = torchext.linear_relu(*leaves), stock(*leaves)

@@ -14,7 +14,7 @@ pytestmark = pytest.mark.skipif(
 )
 
 # rows, in_features, out_features: blocks of rows, of features and of both, each with a rest.
-SHAPES = [(100, 784, 64), (7, 300, 33), (301, 513, 70), (130, 20, 4200)]
+SHAPES = [(100, 784, 64), (7, 300, 33), (301, 513, 70), (130, 20, 4200), (150, 1030, 13)]
 CASES = [(dtype, shape) for dtype in (torch.float32, torch.float64) for shape in SHAPES]
 # The last ones are of several visits of out, and of several pieces.
 MORE = [(70, 4100, 520), (1030, 600, 258), (1100, 2050, 40), (20, 2050, 4200)]
@@ -26,6 +26,7 @@ for narrow in (torch.bfloat16, torch.float16):
         CASES += [(narrow, shape) for shape in SHAPES + MORE]
 # inner and columns of products of few rows; in narrow numbers few enough to be always our own.
 FEW = [(torch.float32, (2500, 24)), (torch.float64, (2500, 24))]
+FEW += [(dtype, (272, columns)) for columns in range(1, 10) for dtype, _ in FEW[:2]]
 for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
     FEW += [(dtype, shape) for shape in ((784, 16), (300, 41), (18, 19), (10, 70))]
 

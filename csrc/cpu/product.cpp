@@ -210,6 +210,9 @@ void Product<scalar_t>::run() const {
     if (pairs_serve(*this)) return run_as_pairs();
   }
   if (columns == 1 && rows > 1 && out.row_stride == 1 && inner > 1) return run_turned();
+  if constexpr (!kNarrow) {
+    if (dots_serve(*this)) return run_dots();
+  }
   const Parts<acc_t> parts(inner);
   const bool keeps_sums = kNarrow && parts.visits > 1;
   if (keeps_sums && (rows > kRowsOfSums || columns > kColumnsOfSums)) return run_in_pieces();

@@ -21,8 +21,9 @@ struct Matrix {
 
 // out (rows, columns) = left (rows, inner) @ right (inner, columns), and then, where asked for,
 // plus what stood in out, plus bias (columns), and ReLU (NaN stays NaN). Each element is summed
-// over `inner` in an order that depends on nothing but `inner` and the instruction set: neither on
-// the threads nor on the other rows and columns. out: column_stride 1.
+// over `inner` in an order that depends on nothing but `inner`, the instruction set and, of small
+// products on Intel's processors, the right matrix's layout (`dots_serve`): neither on the threads
+// nor on the other rows and columns. out: column_stride 1.
 template <typename scalar_t>
 struct Product {
   Matrix<scalar_t> out;
@@ -39,6 +40,7 @@ struct Product {
   void run() const;
 
  private:
+  void run_dots() const;
   bool has_few_rows() const;
   void run_few_rows() const;
   void run_thin(int64_t shares) const;
@@ -52,6 +54,11 @@ void Product<torch::headeronly::BFloat16>::run_as_pairs() const;
 // Whether our own kernel is the faster one on this machine for a product.
 template <typename scalar_t>
 bool product_serves(const Product<scalar_t>& product);
+
+// Whether dot products (product_dots.cpp) are the faster ones for what our own kernel serves. For a
+// small product a matter of `inner` and of the right matrix alone.
+template <typename scalar_t>
+bool dots_serve(const Product<scalar_t>& product);
 
 // Whether it is for all of them, pairs apart, and not for small ones alone.
 template <typename scalar_t>

@@ -31,31 +31,51 @@ TORCHEXT_INLINE Value picked(Pick, Value a, Value b, std::integer_sequence<int, 
   return chosen_lanes<Pick{}(kLane, int{sizeof...(kLane)})...>(kType, a, b);
 }
 
+// What x86 takes from two vectors in one step without indices (unpack, shuf; shuff32x4), twice as
+// fast as lanes by index. In each 16 bytes of kSmall numbers, of two vectors a and b: a0 b0 a1 b1
+// and the other halves; a0 a1 b0 b1 and the other halves.
+template <int kSmall>
+inline constexpr auto kFirst =
+    [](int i, int lanes) { return i / kSmall * kSmall + i % kSmall / 2 + i % 2 * lanes; };
+template <int kSmall>
+inline constexpr auto kSecond = [](int i, int lanes) {
+  return i / kSmall * kSmall + kSmall / 2 + i % kSmall / 2 + i % 2 * lanes;
+};
+inline constexpr auto kLow = [](int i, int lanes) { return i / 4 * 4 + i % 2 + i % 4 / 2 * lanes; };
+inline constexpr auto kHigh = [](int i, int lanes) {
+  return i / 4 * 4 + 2 + i % 2 + i % 4 / 2 * lanes;
+};
+// Blocks of 16 bytes: both lower halves and both upper ones; the even blocks and the odd ones.
+inline constexpr auto kLower = [](int i, int lanes) { return i < lanes / 2 ? i : i + lanes / 2; };
+inline constexpr auto kUpper = [](int i, int lanes) {
+  return i < lanes / 2 ? i + lanes / 2 : i + lanes;
+};
+template <int kSmall>
+inline constexpr auto kEven = [](int i, int) { return 2 * i - i % kSmall; };
+template <int kSmall>
+inline constexpr auto kOdd = [](int i, int) { return 2 * i - i % kSmall + kSmall; };
+
+// Numbers of 16 bytes.
+template <typename Value>
+inline constexpr int kSmallOf = 16 / static_cast<int>(sizeof(Value{}[0]));
+
 // In each 16 bytes of as many vectors as numbers fit into them: those of one vector become the same
-// place of all. Made of what x86 shuffles in one step without indices (unpack, shuf), twice as fast
-// as what takes lanes by index.
+// place of all.
 template <int kLanes, typename Value>
 TORCHEXT_INLINE void transpose_blocks(Value* rows) {
-  constexpr int kSmall = 16 / static_cast<int>(sizeof(rows[0][0]));
+  constexpr int kSmall = kSmallOf<Value>;
   constexpr auto kLanesOfAll = std::make_integer_sequence<int, kLanes>{};
   const auto pick = [&](auto how, Value a, Value b)
                         __attribute__((always_inline)) { return picked(how, a, b, kLanesOfAll); };
-  // Of two vectors a and b, in each 16 bytes: a0 b0 a1 b1 and the other halves; a0 a1 b0 b1 and so.
-  constexpr auto kFirst = [](int i, int lanes) {
-    return i / kSmall * kSmall + i % kSmall / 2 + i % 2 * lanes;
-  };
-  constexpr auto kSecond = [](int i, int lanes) {
-    return i / kSmall * kSmall + kSmall / 2 + i % kSmall / 2 + i % 2 * lanes;
-  };
-  constexpr auto kLow = [](int i, int lanes) { return i / 4 * 4 + i % 2 + i % 4 / 2 * lanes; };
-  constexpr auto kHigh = [](int i, int lanes) { return i / 4 * 4 + 2 + i % 2 + i % 4 / 2 * lanes; };
   if constexpr (kSmall == 2) {
     const Value a = rows[0], b = rows[1];
-    rows[0] = pick(kFirst, a, b);
-    rows[1] = pick(kSecond, a, b);
+    rows[0] = pick(kFirst<kSmall>, a, b);
+    rows[1] = pick(kSecond<kSmall>, a, b);
   } else {
-    const Value a = pick(kFirst, rows[0], rows[1]), b = pick(kSecond, rows[0], rows[1]);
-    const Value c = pick(kFirst, rows[2], rows[3]), d = pick(kSecond, rows[2], rows[3]);
+    const Value a = pick(kFirst<kSmall>, rows[0], rows[1]);
+    const Value b = pick(kSecond<kSmall>, rows[0], rows[1]);
+    const Value c = pick(kFirst<kSmall>, rows[2], rows[3]);
+    const Value d = pick(kSecond<kSmall>, rows[2], rows[3]);
     rows[0] = pick(kLow, a, c);
     rows[1] = pick(kHigh, a, c);
     rows[2] = pick(kLow, b, d);
@@ -63,24 +83,15 @@ TORCHEXT_INLINE void transpose_blocks(Value* rows) {
   }
 }
 
-// Turns a square of kLanes vectors: 16 bytes of each at a time, and then the squares of those
-// (shuff32x4).
+// Turns a square of kLanes vectors: 16 bytes of each at a time, and then the squares of those.
 template <int kLanes, typename Value>
 TORCHEXT_INLINE void transpose_square(Value (&rows)[kLanes]) {
-  constexpr int kSmall = 16 / static_cast<int>(sizeof(rows[0][0])), kBlocks = kLanes / kSmall;
+  constexpr int kSmall = kSmallOf<Value>, kBlocks = kLanes / kSmall;
   constexpr auto kLanesOfAll = std::make_integer_sequence<int, kLanes>{};
   const auto pick = [&](auto how, Value a, Value b)
                         __attribute__((always_inline)) { return picked(how, a, b, kLanesOfAll); };
 #pragma GCC unroll 16
   for (int r = 0; r < kLanes; r += kSmall) transpose_blocks<kLanes>(rows + r);
-  // Blocks of 16 bytes: of two vectors both lower halves and both upper ones; or the even blocks
-  // and the odd ones.
-  constexpr auto kLower = [](int i, int lanes) { return i < lanes / 2 ? i : i + lanes / 2; };
-  constexpr auto kUpper = [](int i, int lanes) {
-    return i < lanes / 2 ? i + lanes / 2 : i + lanes;
-  };
-  constexpr auto kEven = [](int i, int lanes) { return 2 * i - i % kSmall; };
-  constexpr auto kOdd = [](int i, int lanes) { return 2 * i - i % kSmall + kSmall; };
 #pragma GCC unroll 16
   for (int r = 0; r < kSmall; ++r) {
     if constexpr (kBlocks == 2) {
@@ -92,10 +103,10 @@ TORCHEXT_INLINE void transpose_square(Value (&rows)[kLanes]) {
                   d = rows[r + 3 * kSmall];
       const Value e = pick(kLower, a, b), f = pick(kUpper, a, b);
       const Value g = pick(kLower, c, d), h = pick(kUpper, c, d);
-      rows[r] = pick(kEven, e, g);
-      rows[r + kSmall] = pick(kOdd, e, g);
-      rows[r + 2 * kSmall] = pick(kEven, f, h);
-      rows[r + 3 * kSmall] = pick(kOdd, f, h);
+      rows[r] = pick(kEven<kSmall>, e, g);
+      rows[r + kSmall] = pick(kOdd<kSmall>, e, g);
+      rows[r + 2 * kSmall] = pick(kEven<kSmall>, f, h);
+      rows[r + 3 * kSmall] = pick(kOdd<kSmall>, f, h);
     }
   }
 }
