@@ -1,14 +1,29 @@
 """Build the native libraries: ``torchext._C``, and with nvcc ``torchext._C_cuda``."""
 
 import os
+import re
 import shutil
+import subprocess
 from pathlib import Path
 
 import torch
 from setuptools import setup
-from torch.utils.cpp_extension import CUDA_HOME, BuildExtension, CppExtension, CUDAExtension
 
 ROOT = Path(__file__).parent.resolve()
+
+
+def toolkit_of(nvcc: str) -> str:
+    """Says where the toolkit of a compiler lies, which may be a script far from it."""
+    command = [nvcc, "--dryrun", "-x", "cu", "-c", os.devnull, "-o", os.devnull]
+    told = subprocess.run(command, capture_output=True, text=True, check=False).stderr
+    top = re.search(r"^#\$ TOP=(.+)$", told, re.MULTILINE)
+    return str(Path(top[1]).resolve() if top else Path(nvcc).resolve().parents[1])
+
+
+# Before torch looks, which takes the folder above nvcc.
+if (nvcc := shutil.which("nvcc")) and not os.environ.keys() & {"CUDA_HOME", "CUDA_PATH"}:
+    os.environ["CUDA_HOME"] = toolkit_of(nvcc)
+from torch.utils import cpp_extension  # noqa: E402
 
 # One wheel for every Python from 3.10 and every torch from 2.11 (the stable ABI of both).
 DEFINES = [
@@ -46,7 +61,7 @@ def why_no_cuda() -> str:
         return "TORCHEXT_CUDA=0"
     if torch.version.cuda is None:
         return f"torch {torch.__version__} is built without CUDA"
-    nvcc = Path(CUDA_HOME or "/", "bin/nvcc")
+    nvcc = Path(cpp_extension.CUDA_HOME or "/", "bin/nvcc")
     if not nvcc.exists() and shutil.which("nvcc") is None:
         return "nvcc is missing; install the CUDA toolkit, or set CUDA_HOME"
     return ""
@@ -58,7 +73,7 @@ def sources(*patterns: str) -> list[str]:
     )
 
 
-class BuildInOneFolder(BuildExtension):
+class BuildInOneFolder(cpp_extension.BuildExtension):
     """An editable install would compile in a temporary folder, and a wheel everything again."""
 
     def initialize_options(self) -> None:
@@ -67,7 +82,7 @@ class BuildInOneFolder(BuildExtension):
 
 
 extensions = [
-    CppExtension(
+    cpp_extension.CppExtension(
         "torchext._C",
         sources("csrc/ops/*.cpp", "csrc/cpu/*.cpp"),
         include_dirs=[str(ROOT / "csrc")],
@@ -81,7 +96,7 @@ if reason := why_no_cuda():
 else:
     own = [] if os.environ.get("TORCH_CUDA_ARCH_LIST") else gencodes(CUDA_TARGETS)
     extensions.append(
-        CUDAExtension(
+        cpp_extension.CUDAExtension(
             "torchext._C_cuda",
             sources("csrc/cuda/*.cpp", "csrc/cuda/*.cu"),
             include_dirs=[str(ROOT / "csrc")],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import importlib.util
 import json
 import os
@@ -49,6 +50,21 @@ def test_setup_says_why_there_are_no_cuda_kernels() -> None:
     )
     if torch.version.cuda is None:
         assert "is built without CUDA" in setup_says()
+
+
+def test_setup_finds_the_toolkit_of_a_script_that_calls_nvcc(tmp_path: Path) -> None:
+    """Torch would take the folder above the script, where no headers are."""
+    tree = ast.parse((ROOT / "setup.py").read_text())
+    wanted = [x for x in tree.body if isinstance(x, ast.FunctionDef) and x.name == "toolkit_of"]
+    imports = [x for x in tree.body if isinstance(x, (ast.Import, ast.ImportFrom))][:5]
+    found: dict[str, Any] = {}
+    exec(compile(ast.Module([*imports, *wanted], []), "setup.py", "exec"), found)
+    nvcc = tmp_path / "bin/nvcc"
+    nvcc.parent.mkdir()
+    for says, home in (("#$ TOP=/toolkit/bin/..", Path("/toolkit")), ("", tmp_path.resolve())):
+        nvcc.write_text(f"#!/bin/sh\necho '{says}' >&2\n")
+        nvcc.chmod(0o755)
+        assert found["toolkit_of"](str(nvcc)) == str(home)
 
 
 def test_the_library_says_why_it_is_not_there() -> None:
