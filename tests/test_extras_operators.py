@@ -90,6 +90,7 @@ def test_opcheck() -> None:
 def test_product_out(dtype: torch.dtype) -> None:
     # Those of one row or one inner step, some of several visits of out, have paths of their own.
     shapes = [(1, 5, 3), (1, 2100, 100), (1, 2100, 3), (6, 1, 70), (40, 70, 33), (300, 200, 500)]
+    shapes.append((3, 2100, 70))
     for (rows, inner, columns), turned in itertools.product(shapes, (False, True)):
         left, right = torch.randn(rows, inner).to(dtype), torch.randn(inner, columns).to(dtype)
         if turned:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from torch import Tensor
@@ -27,7 +29,8 @@ for narrow in (torch.bfloat16, torch.float16):
 # inner and columns of products of few rows; in narrow numbers few enough to be always our own.
 FEW = [(torch.float32, (2500, 24)), (torch.float64, (2500, 24))]
 FEW += [(dtype, (272, columns)) for columns in range(1, 10) for dtype, _ in FEW[:2]]
-for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
+FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+for dtype in FLOATING:
     FEW += [(dtype, shape) for shape in ((784, 16), (300, 41), (18, 19), (10, 70))]
 
 
@@ -103,6 +106,30 @@ def test_few_rows_have_the_bits_of_many(
         expected = torch.relu(input.double() @ matrix.double().t() + bias.double())
         bound = torch.finfo(dtype).eps * inner**0.5
         assert (part.double() - expected[7 : 7 + rows]).abs().max() <= bound * expected.max()
+
+
+@pytest.mark.parametrize("dtype", FLOATING, ids=str)
+@pytest.mark.parametrize(("inner", "columns"), [(784, 50), (1000, 41), (2500, 300)])
+def test_few_rows_have_the_gradients_of_many(
+    threads: None, dtype: torch.dtype, inner: int, columns: int
+) -> None:
+    """Of the input: 1000 and 2500 numbers are no whole panels, 300 steps are two sums."""
+    if dtype.itemsize == 2 and columns == 300 and not _native.own_products(dtype):
+        columns = 70  # few enough to be our own products everywhere
+    weight, upstream = torch.randn(columns, inner).to(dtype), torch.randn(9, columns).to(dtype)
+
+    def gradient(rows: slice) -> Tensor:
+        input = torch.zeros(9, inner, dtype=dtype)[rows].requires_grad_()
+        output = torchext.linear_relu(input, weight, torch.ones(columns, dtype=dtype))
+        return torch.autograd.grad(output, input, upstream[rows])[0]
+
+    whole = gradient(slice(9))
+    truth = upstream.double() @ weight.double()
+    bound = 2 * torch.finfo(dtype).eps * columns**0.5
+    assert (whole.double() - truth).abs().max() <= bound * truth.abs().max()
+    for rows, count in itertools.product(range(1, 7), (1, 3)):
+        torch.set_num_threads(count)
+        assert torch.equal(gradient(slice(2, 2 + rows)), whole[2 : 2 + rows])
 
 
 @pytest.mark.skipif(

@@ -43,6 +43,7 @@ struct Product {
   void run_dots() const;
   bool has_few_rows() const;
   void run_few_rows() const;
+  void run_wide(int64_t panel_columns) const;
   void run_thin(int64_t shares) const;
   void run_in_pieces() const;
   void run_turned() const;

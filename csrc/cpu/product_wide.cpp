@@ -1,0 +1,135 @@
+// Products of few rows by a matrix whose rows are contiguous, as the gradient of the input is:
+// many columns at a time, so that much of a row of the matrix is read at once. Panel by panel, as
+// product_tile reads it, two vectors of each row are, which may be pages apart. The sums are those
+// of product_tile, in the same order.
+#include "cpu/dispatch.h"
+#include "cpu/product_row.h"
+
+namespace torchext::cpu {
+namespace {
+
+// Numbers of the right matrix for which another thread saves what it costs.
+constexpr int64_t kWideGrain = int64_t{1} << 17;
+// Rows that are multiplied by what is read once; of more, some at a time.
+constexpr int kRowsTogether = 4;
+
+// Adds kSteps inner steps from k on to `vectors` vectors of columns of kRows rows.
+template <int kSteps, int kRows, int kLanes, typename scalar_t>
+TORCHEXT_INLINE void add_steps(const RowProduct<scalar_t>& few, int64_t row, int64_t column,
+                               int64_t k, int vectors,
+                               simd::Vector<acc_type<scalar_t>, kLanes> (*sum)[kWide]) {
+  using Value = simd::Vector<acc_type<scalar_t>, kLanes>;
+  const auto& right = few.product->right;
+  const scalar_t* from[kSteps];
+  Value x[kRows][kSteps];
+#pragma GCC unroll 4
+  for (int i = 0; i < kSteps; ++i) {
+    from[i] = right.at(k + i, column);
+#pragma GCC unroll 4
+    for (int r = 0; r < kRows; ++r) {
+      x[r][i] = simd::broadcast<Value>(few.left + (row + r) * few.left_stride + k + i);
+    }
+  }
+  for (int v = 0; v < vectors; ++v) {
+    Value value[kRows];
+#pragma GCC unroll 4
+    for (int r = 0; r < kRows; ++r) value[r] = sum[r][v];
+#pragma GCC unroll 4
+    for (int i = 0; i < kSteps; ++i) {
+      __builtin_prefetch(from[i] + kSteps * right.row_stride + v * kLanes);
+      const Value loaded = simd::load<kLanes>(from[i] + v * kLanes);
+#pragma GCC unroll 4
+      for (int r = 0; r < kRows; ++r) value[r] += x[r][i] * loaded;
+    }
+#pragma GCC unroll 4
+    for (int r = 0; r < kRows; ++r) sum[r][v] = value[r];
+  }
+}
+
+// Whole panels [begin, end) of rows [row, row + kRows).
+template <class Isa, typename scalar_t, int kRows>
+TORCHEXT_INLINE void wide_panels(const RowProduct<scalar_t>& few, int64_t row, int64_t begin,
+                                 int64_t end) {
+  constexpr int kLanes = simd::kLanesOf<Isa, scalar_t>, kPanel = kPanelOf<Isa, scalar_t>;
+  using Value = simd::Vector<acc_type<scalar_t>, kLanes>;
+  const Product<scalar_t>& p = *few.product;
+  const Parts<acc_type<scalar_t>> parts(p.inner);
+  Value sum[kRows][kWide], total[kRows][kWide], carried[kRows][kWide];
+  for (int64_t panel = begin; panel < end; panel += kWide / 2) {
+    const int64_t column = panel * kPanel;
+    const int vectors = static_cast<int>(std::min<int64_t>(2 * (end - panel), kWide));
+    const auto for_all = [&](auto use) __attribute__((always_inline)) {
+      for (int r = 0; r < kRows; ++r) {
+        for (int v = 0; v < vectors; ++v) use(r, v);
+      }
+    };
+    if (p.accumulate) {
+      for_all([&](int r, int v) __attribute__((always_inline)) {
+        carried[r][v] = read_out<kLanes>(p, row + r, column + v * kLanes);
+      });
+    }
+    for (int64_t visit = 0; visit < parts.visits; ++visit) {
+      const int64_t first = parts.first_of(visit), last = parts.first_of(visit + 1);
+      for (int64_t part = first; part < last; ++part) {
+        if (part > first) {
+          for_all([&](int r, int v) __attribute__((always_inline)) {
+            total[r][v] = part == first + 1 ? sum[r][v] : total[r][v] + sum[r][v];
+          });
+        }
+        for_all([&](int r, int v) __attribute__((always_inline)) { sum[r][v] = Value{}; });
+        int64_t k = parts.begin_of(part);
+        const int64_t stop = parts.begin_of(part + 1);
+        for (; k + kRowsAtOnce <= stop; k += kRowsAtOnce) {
+          add_steps<kRowsAtOnce, kRows, kLanes>(few, row, column, k, vectors, sum);
+        }
+        for (; k < stop; ++k) add_steps<1, kRows, kLanes>(few, row, column, k, vectors, sum);
+      }
+      const bool accumulate = p.accumulate || visit > 0, ends = visit + 1 == parts.visits;
+      for_all([&](int r, int v) __attribute__((always_inline)) {
+        finish_row<kLanes>(p, row + r, column + v * kLanes, sum[r][v],
+                           last - first > 1 ? &total[r][v] : nullptr, carried[r][v], accumulate,
+                           ends);
+      });
+    }
+  }
+}
+
+// Whole panels [begin, end) of all rows.
+template <class Isa, typename scalar_t>
+TORCHEXT_INLINE void wide_rows(const RowProduct<scalar_t>& few, int64_t begin, int64_t end) {
+  const int64_t rows = few.product->rows;
+  int64_t row = 0;
+  for (; row + kRowsTogether <= rows; row += kRowsTogether) {
+    wide_panels<Isa, scalar_t, kRowsTogether>(few, row, begin, end);
+  }
+  if (rows - row == 3) return wide_panels<Isa, scalar_t, 3>(few, row, begin, end);
+  if (rows - row == 2) return wide_panels<Isa, scalar_t, 2>(few, row, begin, end);
+  if (rows - row == 1) return wide_panels<Isa, scalar_t, 1>(few, row, begin, end);
+}
+TORCHEXT_SIMD_FUNCTION(run_wide_rows, wide_rows, RowProduct)
+
+}  // namespace
+
+template <typename scalar_t>
+void Product<scalar_t>::run_wide(int64_t panel_columns) const {
+  const RowProduct<scalar_t> few = row_product(*this);
+  const int64_t panels = columns / panel_columns;
+  const auto threads = static_cast<int64_t>(torch::stable::get_num_threads());
+  const int64_t shares = std::clamp<int64_t>(inner * columns / kWideGrain, 1, threads);
+  for_each_block(panels, divide_up(panels, shares),
+                 [&](int64_t begin, int64_t end) { run_wide_rows<scalar_t>(few, begin, end); });
+  if (columns == panels * panel_columns) return;
+  Product rest = *this;
+  rest.columns = columns - panels * panel_columns;
+  rest.out.data = out.at(0, panels * panel_columns);
+  rest.right.data = right.at(0, panels * panel_columns);
+  if (bias) rest.bias = bias + panels * panel_columns;
+  rest.run();
+}
+
+template void Product<float>::run_wide(int64_t panel_columns) const;
+template void Product<double>::run_wide(int64_t panel_columns) const;
+template void Product<simd::BFloat16>::run_wide(int64_t panel_columns) const;
+template void Product<simd::Half>::run_wide(int64_t panel_columns) const;
+
+}  // namespace torchext::cpu
