@@ -48,7 +48,7 @@ def run(check: bool, path: Path = ROOT / "README.md", results: Path = RESULTS) -
 
 
 def committed(results: Path) -> list[Path]:
-    """The result files that git knows; all of them where there is no git."""
+    """The machines' result files that git knows; all of them where there is no git."""
     try:
         done = subprocess.run(
             ["git", "ls-files", "-z", "*.json"],
@@ -56,7 +56,8 @@ def committed(results: Path) -> list[Path]:
         )  # fmt: skip
     except (OSError, subprocess.SubprocessError):
         return sorted(results.glob("*/*.json"))
-    return sorted(results / name for name in done.stdout.split("\0") if name)
+    # A machine's folder may have further runs in folders of its own.
+    return sorted(results / name for name in done.stdout.split("\0") if name.count("/") == 1)
 
 
 def _section(files: Sequence[Path], root: Path) -> list[str]:
