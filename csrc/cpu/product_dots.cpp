@@ -3,6 +3,8 @@
 // of inner steps a vector apart, which are added up in the end. Those are not the bits of
 // product_tile: which of the two serves is a matter of `inner` and of the right matrix, never of
 // the rows (`dots_serve`).
+#include <vector>
+
 #include "cpu/dispatch.h"
 #include "cpu/memory.h"
 #include "cpu/product.h"
@@ -189,11 +191,11 @@ void Product<scalar_t>::run_dots() const {
 #if defined(__x86_64__)
   if (left.column_stride != 1) {
     Product copied = *this;
-    scalar_t* copy = scratch<scalar_t>(2, rows * inner);
+    std::vector<scalar_t> copy(rows * inner);
     for (int64_t i = 0; i < rows; ++i) {
       for (int64_t k = 0; k < inner; ++k) copy[i * inner + k] = *left.at(i, k);
     }
-    copied.left = {copy, inner, 1};
+    copied.left = {copy.data(), inner, 1};
     return copied.run_dots();
   }
   const auto threads = static_cast<int64_t>(torch::stable::get_num_threads());

@@ -10,13 +10,11 @@ namespace {
 
 // Numbers of the right matrix for which another thread saves what it costs.
 constexpr int64_t kWideGrain = int64_t{1} << 17;
-// Rows that are multiplied by what is read once; of more, some at a time.
-constexpr int kRowsTogether = 4;
 
 // Adds kSteps inner steps from k on to `vectors` vectors of columns of kRows rows.
 template <int kSteps, int kRows, int kLanes, typename scalar_t>
-TORCHEXT_INLINE void add_steps(const RowProduct<scalar_t>& few, int64_t row, int64_t column,
-                               int64_t k, int vectors,
+TORCHEXT_INLINE void add_steps(const RowProduct<scalar_t>& few, int64_t column, int64_t k,
+                               int vectors,
                                simd::Vector<acc_type<scalar_t>, kLanes> (*sum)[kWide]) {
   using Value = simd::Vector<acc_type<scalar_t>, kLanes>;
   const auto& right = few.product->right;
@@ -27,7 +25,7 @@ TORCHEXT_INLINE void add_steps(const RowProduct<scalar_t>& few, int64_t row, int
     from[i] = right.at(k + i, column);
 #pragma GCC unroll 4
     for (int r = 0; r < kRows; ++r) {
-      x[r][i] = simd::broadcast<Value>(few.left + (row + r) * few.left_stride + k + i);
+      x[r][i] = simd::broadcast<Value>(few.left + r * few.left_stride + k + i);
     }
   }
   for (int v = 0; v < vectors; ++v) {
@@ -46,10 +44,9 @@ TORCHEXT_INLINE void add_steps(const RowProduct<scalar_t>& few, int64_t row, int
   }
 }
 
-// Whole panels [begin, end) of rows [row, row + kRows).
+// Whole panels [begin, end).
 template <class Isa, typename scalar_t, int kRows>
-TORCHEXT_INLINE void wide_panels(const RowProduct<scalar_t>& few, int64_t row, int64_t begin,
-                                 int64_t end) {
+TORCHEXT_INLINE void wide_panels(const RowProduct<scalar_t>& few, int64_t begin, int64_t end) {
   constexpr int kLanes = simd::kLanesOf<Isa, scalar_t>, kPanel = kPanelOf<Isa, scalar_t>;
   using Value = simd::Vector<acc_type<scalar_t>, kLanes>;
   const Product<scalar_t>& p = *few.product;
@@ -65,7 +62,7 @@ TORCHEXT_INLINE void wide_panels(const RowProduct<scalar_t>& few, int64_t row, i
     };
     if (p.accumulate) {
       for_all([&](int r, int v) __attribute__((always_inline)) {
-        carried[r][v] = read_out<kLanes>(p, row + r, column + v * kLanes);
+        carried[r][v] = read_out<kLanes>(p, r, column + v * kLanes);
       });
     }
     for (int64_t visit = 0; visit < parts.visits; ++visit) {
@@ -80,13 +77,13 @@ TORCHEXT_INLINE void wide_panels(const RowProduct<scalar_t>& few, int64_t row, i
         int64_t k = parts.begin_of(part);
         const int64_t stop = parts.begin_of(part + 1);
         for (; k + kRowsAtOnce <= stop; k += kRowsAtOnce) {
-          add_steps<kRowsAtOnce, kRows, kLanes>(few, row, column, k, vectors, sum);
+          add_steps<kRowsAtOnce, kRows, kLanes>(few, column, k, vectors, sum);
         }
-        for (; k < stop; ++k) add_steps<1, kRows, kLanes>(few, row, column, k, vectors, sum);
+        for (; k < stop; ++k) add_steps<1, kRows, kLanes>(few, column, k, vectors, sum);
       }
       const bool accumulate = p.accumulate || visit > 0, ends = visit + 1 == parts.visits;
       for_all([&](int r, int v) __attribute__((always_inline)) {
-        finish_row<kLanes>(p, row + r, column + v * kLanes, sum[r][v],
+        finish_row<kLanes>(p, r, column + v * kLanes, sum[r][v],
                            last - first > 1 ? &total[r][v] : nullptr, carried[r][v], accumulate,
                            ends);
       });
@@ -94,17 +91,13 @@ TORCHEXT_INLINE void wide_panels(const RowProduct<scalar_t>& few, int64_t row, i
   }
 }
 
-// Whole panels [begin, end) of all rows.
+// Of the 2 to 4 rows that there are (`kWideRows`).
 template <class Isa, typename scalar_t>
 TORCHEXT_INLINE void wide_rows(const RowProduct<scalar_t>& few, int64_t begin, int64_t end) {
   const int64_t rows = few.product->rows;
-  int64_t row = 0;
-  for (; row + kRowsTogether <= rows; row += kRowsTogether) {
-    wide_panels<Isa, scalar_t, kRowsTogether>(few, row, begin, end);
-  }
-  if (rows - row == 3) return wide_panels<Isa, scalar_t, 3>(few, row, begin, end);
-  if (rows - row == 2) return wide_panels<Isa, scalar_t, 2>(few, row, begin, end);
-  if (rows - row == 1) return wide_panels<Isa, scalar_t, 1>(few, row, begin, end);
+  if (rows == 2) return wide_panels<Isa, scalar_t, 2>(few, begin, end);
+  if (rows == 3) return wide_panels<Isa, scalar_t, 3>(few, begin, end);
+  wide_panels<Isa, scalar_t, 4>(few, begin, end);
 }
 TORCHEXT_SIMD_FUNCTION(run_wide_rows, wide_rows, RowProduct)
 
@@ -120,6 +113,7 @@ void Product<scalar_t>::run_wide(int64_t panel_columns) const {
                  [&](int64_t begin, int64_t end) { run_wide_rows<scalar_t>(few, begin, end); });
   if (columns == panels * panel_columns) return;
   Product rest = *this;
+  rest.by_pairs = false;  // as the whole is not
   rest.columns = columns - panels * panel_columns;
   rest.out.data = out.at(0, panels * panel_columns);
   rest.right.data = right.at(0, panels * panel_columns);
