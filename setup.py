@@ -21,7 +21,8 @@ def toolkit_of(nvcc: str) -> str:
 
 
 # Before torch looks, which takes the folder above nvcc.
-if (nvcc := shutil.which("nvcc")) and not os.environ.keys() & {"CUDA_HOME", "CUDA_PATH"}:
+named = os.environ.keys() & {"CUDA_HOME", "CUDA_PATH"}
+if torch.version.cuda and not named and (nvcc := shutil.which("nvcc")):
     os.environ["CUDA_HOME"] = toolkit_of(nvcc)
 from torch.utils import cpp_extension  # noqa: E402
 

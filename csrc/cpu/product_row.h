@@ -175,40 +175,49 @@ TORCHEXT_INLINE void row_panel(const RowProduct<scalar_t>& row_product, int64_t 
   }
 }
 
-// Adds kSteps inner steps from k on to `vectors` vectors of columns.
-template <int kSteps, int kLanes, typename scalar_t>
-TORCHEXT_INLINE void add_rows(const RowProduct<scalar_t>& row_product, int64_t column, int64_t k,
-                              int vectors, simd::Vector<acc_type<scalar_t>, kLanes>* sum) {
+// Adds kSteps inner steps from k on to `vectors` vectors of columns of kRows rows.
+template <int kSteps, int kRows, int kLanes, typename scalar_t>
+TORCHEXT_INLINE void add_steps(const RowProduct<scalar_t>& few, int64_t column, int64_t k,
+                               int vectors,
+                               simd::Vector<acc_type<scalar_t>, kLanes> (*sum)[kWide]) {
   using Value = simd::Vector<acc_type<scalar_t>, kLanes>;
-  const auto& right = row_product.product->right;
+  const auto& right = few.product->right;
   const scalar_t* from[kSteps];
-  Value x[kSteps];
+  Value x[kRows][kSteps];
 #pragma GCC unroll 4
   for (int i = 0; i < kSteps; ++i) {
     from[i] = right.at(k + i, column);
-    x[i] = simd::broadcast<Value>(row_product.left + k + i);
+#pragma GCC unroll 4
+    for (int r = 0; r < kRows; ++r) {
+      x[r][i] = simd::broadcast<Value>(few.left + r * few.left_stride + k + i);
+    }
   }
   for (int v = 0; v < vectors; ++v) {
-    Value value = sum[v];
+    Value value[kRows];
+#pragma GCC unroll 4
+    for (int r = 0; r < kRows; ++r) value[r] = sum[r][v];
 #pragma GCC unroll 4
     for (int i = 0; i < kSteps; ++i) {
       __builtin_prefetch(from[i] + kSteps * right.row_stride + v * kLanes);
-      value += x[i] * simd::load<kLanes>(from[i] + v * kLanes);
+      const Value loaded = simd::load<kLanes>(from[i] + v * kLanes);
+#pragma GCC unroll 4
+      for (int r = 0; r < kRows; ++r) value[r] += x[r][i] * loaded;
     }
-    sum[v] = value;
+#pragma GCC unroll 4
+    for (int r = 0; r < kRows; ++r) sum[r][v] = value[r];
   }
 }
 
-// `vectors` vectors of columns of one whose right matrix has contiguous rows.
-template <int kLanes, typename scalar_t>
-TORCHEXT_INLINE void row_wide(const RowProduct<scalar_t>& row_product, int64_t column,
-                              int64_t begin, int64_t end, int vectors,
-                              simd::Vector<acc_type<scalar_t>, kLanes>* sum) {
+// Inner steps [begin, end) of the same, where the right matrix has contiguous rows.
+template <int kRows, int kLanes, typename scalar_t>
+TORCHEXT_INLINE void row_wide(const RowProduct<scalar_t>& few, int64_t column, int64_t begin,
+                              int64_t end, int vectors,
+                              simd::Vector<acc_type<scalar_t>, kLanes> (*sum)[kWide]) {
   int64_t k = begin;
   for (; k + kRowsAtOnce <= end; k += kRowsAtOnce) {
-    add_rows<kRowsAtOnce, kLanes>(row_product, column, k, vectors, sum);
+    add_steps<kRowsAtOnce, kRows, kLanes>(few, column, k, vectors, sum);
   }
-  for (; k < end; ++k) add_rows<1, kLanes>(row_product, column, k, vectors, sum);
+  for (; k < end; ++k) add_steps<1, kRows, kLanes>(few, column, k, vectors, sum);
 }
 
 // Panels [begin, end) of a product with one row.
@@ -240,8 +249,8 @@ TORCHEXT_INLINE void row_panels(const RowProduct<scalar_t>& row_product, int64_t
         }
         for (int i = 0; i < vectors; ++i) sum[i] = Value{};
         if (many) {
-          row_wide<kLanes>(row_product, column, parts.begin_of(part), parts.begin_of(part + 1),
-                           vectors, sum);
+          row_wide<1, kLanes>(row_product, column, parts.begin_of(part), parts.begin_of(part + 1),
+                              vectors, &sum);
         } else {
           row_panel<kLanes>(row_product, column, parts.begin_of(part), parts.begin_of(part + 1),
                             sum);

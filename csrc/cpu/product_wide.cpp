@@ -11,39 +11,6 @@ namespace {
 // Numbers of the right matrix for which another thread saves what it costs.
 constexpr int64_t kWideGrain = int64_t{1} << 17;
 
-// Adds kSteps inner steps from k on to `vectors` vectors of columns of kRows rows.
-template <int kSteps, int kRows, int kLanes, typename scalar_t>
-TORCHEXT_INLINE void add_steps(const RowProduct<scalar_t>& few, int64_t column, int64_t k,
-                               int vectors,
-                               simd::Vector<acc_type<scalar_t>, kLanes> (*sum)[kWide]) {
-  using Value = simd::Vector<acc_type<scalar_t>, kLanes>;
-  const auto& right = few.product->right;
-  const scalar_t* from[kSteps];
-  Value x[kRows][kSteps];
-#pragma GCC unroll 4
-  for (int i = 0; i < kSteps; ++i) {
-    from[i] = right.at(k + i, column);
-#pragma GCC unroll 4
-    for (int r = 0; r < kRows; ++r) {
-      x[r][i] = simd::broadcast<Value>(few.left + r * few.left_stride + k + i);
-    }
-  }
-  for (int v = 0; v < vectors; ++v) {
-    Value value[kRows];
-#pragma GCC unroll 4
-    for (int r = 0; r < kRows; ++r) value[r] = sum[r][v];
-#pragma GCC unroll 4
-    for (int i = 0; i < kSteps; ++i) {
-      __builtin_prefetch(from[i] + kSteps * right.row_stride + v * kLanes);
-      const Value loaded = simd::load<kLanes>(from[i] + v * kLanes);
-#pragma GCC unroll 4
-      for (int r = 0; r < kRows; ++r) value[r] += x[r][i] * loaded;
-    }
-#pragma GCC unroll 4
-    for (int r = 0; r < kRows; ++r) sum[r][v] = value[r];
-  }
-}
-
 // Whole panels [begin, end).
 template <class Isa, typename scalar_t, int kRows>
 TORCHEXT_INLINE void wide_panels(const RowProduct<scalar_t>& few, int64_t begin, int64_t end) {
@@ -74,12 +41,8 @@ TORCHEXT_INLINE void wide_panels(const RowProduct<scalar_t>& few, int64_t begin,
           });
         }
         for_all([&](int r, int v) __attribute__((always_inline)) { sum[r][v] = Value{}; });
-        int64_t k = parts.begin_of(part);
-        const int64_t stop = parts.begin_of(part + 1);
-        for (; k + kRowsAtOnce <= stop; k += kRowsAtOnce) {
-          add_steps<kRowsAtOnce, kRows, kLanes>(few, column, k, vectors, sum);
-        }
-        for (; k < stop; ++k) add_steps<1, kRows, kLanes>(few, column, k, vectors, sum);
+        row_wide<kRows, kLanes>(few, column, parts.begin_of(part), parts.begin_of(part + 1),
+                                vectors, sum);
       }
       const bool accumulate = p.accumulate || visit > 0, ends = visit + 1 == parts.visits;
       for_all([&](int r, int v) __attribute__((always_inline)) {
