@@ -56,6 +56,22 @@ def target_for(logits: Tensor, kind: str) -> Tensor:
 
 
 @pytest.mark.parametrize("maker", MAKERS)
+@pytest.mark.parametrize("smoothing", [0.0, 0.1, 0.7])
+def test_one_class_has_a_gradient_of_zero(
+    dtype: torch.dtype, maker: Maker, smoothing: float
+) -> None:
+    logits = maker(70, 1, dtype).requires_grad_()
+    target = torch.zeros((70, *logits.shape[2:]), dtype=torch.int64)
+    for weight in (None, 0.5 + torch.rand(1, dtype=dtype)):
+        for reduction in ("none", "mean", "sum"):
+            loss = torchext.cross_entropy(
+                logits, target, weight, reduction=reduction, label_smoothing=smoothing
+            )
+            (gradient,) = torch.autograd.grad(loss, logits, 4 * torch.randn_like(loss))
+            assert torch.equal(gradient, torch.zeros_like(gradient))
+
+
+@pytest.mark.parametrize("maker", MAKERS)
 @pytest.mark.parametrize("kind", ["indices", "probabilities"])
 @pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
 def test_any_number_of_threads_gives_the_same_bits(

@@ -204,8 +204,11 @@ def cross_entropy_extras_kernel(
                 dense = None
                 if at_probabilities is not None:
                     dense = at_probabilities + c
-                value -= dense_target(dense, weight, c, mask, classes, SMOOTHING, ACC) * g
-            if target is not None:
+                q = dense_target(dense, weight, c, mask, classes, SMOOTHING, ACC)
+                if target is not None:
+                    q += tl.where(c == index.to(tl.int32), weight_t, 0.0)
+                value -= q * g
+            elif target is not None:
                 value -= tl.where(c == index.to(tl.int32), weight_t * g, 0.0)
             if CAPPED:
                 t = z / tl.full([], softcap, ACC)

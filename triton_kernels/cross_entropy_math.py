@@ -3,7 +3,7 @@ r"""cross_entropy in Triton: the arithmetic that its kernels share.
 For a row x of logits with maximum m and S = sum_c exp(x_c - m):
 
     loss       = W_t (log S - (x_t - m)) + sum_c q_c (log S - (x_c - m))
-    gradient_c = g (exp(x_c - m) (W_t + sum q) / S - q_c - [c = t] W_t)
+    gradient_c = g (exp(x_c - m) (W_t + sum q) / S - (q_c + [c = t] W_t))
 
 with W_t = (1 - smoothing) weight_t of a class index t (0 for probabilities), the dense target
 q_c = weight_c ((1 - smoothing) probability_c + smoothing / C) (none for a plain class index), and g

@@ -105,8 +105,10 @@ def cross_entropy_rows_kernel(
         # Of a row that counts for nothing: 0, or NaN where its softmax is (as in torch).
         value = e * (g * share / total)[:, None]
         if mass is not None:
+            if target is not None:
+                q += tl.where(c == index[:, None], weight_t[:, None], 0.0)
             value -= q * g[:, None]
-        if target is not None:
+        elif target is not None:
             value -= tl.where(c == index[:, None], (weight_t * g)[:, None], 0.0)
         first = gradient + outer * gradient_outer + inner * gradient_inner
         tl.store(first[:, None] + c.to(tl.int64) * gradient_channel, value, mask=mask)

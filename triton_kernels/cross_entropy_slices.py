@@ -266,16 +266,20 @@ def cross_entropy_gradient_kernel(
     elif SMOOTHING > 0:
         share += SMOOTHING
     value = tl.exp(x - base_of(maximum)) * (g * share / total)
+    if target is not None:
+        # Past the tile, 32 bits may be too few for an index, but then it is none of the tile's.
+        own = index - begin
+        own = tl.where((own >= 0) & (own < (K * L if ROWS else K)), own, -1).to(c.dtype)
     if (probabilities is not None) or SMOOTHING > 0:
         dense = None
         if probabilities is not None:
             first = outer * probability_outer + inner * probability_inner
             dense = probabilities + first + (begin + c) * probability_channel
-        value -= dense_target(dense, weight, begin + c, mask, classes, SMOOTHING, ACC) * g
-    if target is not None:
-        # Past the tile, 32 bits may be too few for an index, but then it is none of the tile's.
-        own = index - begin
-        own = tl.where((own >= 0) & (own < (K * L if ROWS else K)), own, -1).to(c.dtype)
+        q = dense_target(dense, weight, begin + c, mask, classes, SMOOTHING, ACC)
+        if target is not None:
+            q += tl.where(c == own, weight_t, 0.0)
+        value -= q * g
+    elif target is not None:
         value -= tl.where(c == own, weight_t * g, 0.0)
     at = gradient + outer * gradient_outer + inner * gradient_inner + begin * gradient_channel
     tl.store(at + c * gradient_channel, value, mask=mask)

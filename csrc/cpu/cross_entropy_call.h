@@ -150,7 +150,7 @@ void set_weight(CrossEntropyArgs<scalar_t>& args, const acc_type<scalar_t>* weig
     weights = 0;
     for (int64_t c = 0; c < classes; ++c) weights += weight[c];
   }
-  args.uniform_mass = weights * args.label_smoothing / static_cast<double>(classes);
+  args.uniform_mass = weights * args.uniform;
 }
 
 // What forward and backward share: layouts, weights, targets. Keeps what the pointers point to.

@@ -200,8 +200,9 @@ TORCHEXT_INLINE void extras_row(const ExtrasArgs<scalar_t>& args, int64_t p,
   acc_t target_gradient = 0;
   if (indexed) {
     const acc_t e = simd::exp_nonpositive_scalar(target_z - row.max);
-    target_gradient = e * scale - target_weight * g;
-    if constexpr (kDense) target_gradient -= targets.uniform_target(index) * g;
+    acc_t q = target_weight;
+    if constexpr (kDense) q += targets.uniform_target(index);
+    target_gradient = e * scale - q * g;
     const acc_t t = capped ? target_z / args.softcap : acc_t{0};
     target_gradient *= std::max(acc_t{1} - t * t, acc_t{0});
   }

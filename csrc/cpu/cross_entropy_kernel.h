@@ -2,11 +2,12 @@
 // positions whose classes are not. Formulas, for a row x with maximum m and S = sum_c exp(x_c - m):
 //
 //   loss       = W_t (log S - (x_t - m)) + sum_c q_c (log S - (x_c - m))
-//   gradient_c = g (exp(x_c - m) (W_t + sum q) / S - q_c - [c = t] W_t)
+//   gradient_c = g (exp(x_c - m) (W_t + sum q) / S - (q_c + [c = t] W_t))
 //
 // with W_t = (1 - smoothing) weight_t of a class index t (0 for probabilities), the dense target
 // q_c = weight_c ((1 - smoothing) probability_c + smoothing / C) (none for a plain class index),
-// and g the gradient of the row's loss.
+// and g the gradient of the row's loss. At c = t the sum of q and W is made first: of a single
+// class it is the other term's, and the gradient is 0 as the stock op's is.
 #pragma once
 
 #include <algorithm>
@@ -47,7 +48,7 @@ struct CrossEntropyArgs {
   const acc_t* weight;  // (C) or null
   double label_smoothing;
   acc_t kept, uniform;  // 1 - smoothing, smoothing / C
-  double uniform_mass;  // sum_c weight_c * smoothing / C: sum q without probabilities
+  double uniform_mass;  // sum_c weight_c * uniform: sum q without probabilities
 
   scalar_t* gradient;  // null where none is wanted; may be the input
   Strides gradient_strides;
@@ -325,8 +326,9 @@ TORCHEXT_INLINE double process_rows(const CrossEntropyArgs<scalar_t>& args, int6
     acc_t target_gradient = 0;
     if (args.indices) {
       const acc_t e = simd::exp_nonpositive_scalar(target_x - row.max);
-      target_gradient = e * scale - target_weight * g;
-      if constexpr (kDense) target_gradient -= args.uniform_target(index) * g;
+      acc_t q = target_weight;
+      if constexpr (kDense) q += args.uniform_target(index);
+      target_gradient = e * scale - q * g;
     }
     const acc_t* base = bases;
     for (int64_t from = 0, to = 0; from < classes; from = to) {

@@ -83,9 +83,9 @@ template <bool kDense, typename scalar_t>
 TORCHEXT_INLINE void target_gradient(const CrossEntropyArgs<scalar_t>& args,
                                      const PipelinedRow<scalar_t>& row, acc_type<scalar_t> scale) {
   if (row.index < 0) return;
-  auto value = row.exps[row.index] * scale - row.target_weight * row.g;
-  if constexpr (kDense) value -= args.uniform_target(row.index) * row.g;
-  row.gradient[row.index] = static_cast<scalar_t>(value);
+  auto q = row.target_weight;
+  if constexpr (kDense) q += args.uniform_target(row.index);
+  row.gradient[row.index] = static_cast<scalar_t>(row.exps[row.index] * scale - q * row.g);
 }
 
 // The exponentials of `now` and their sum, the maximum of `next`, the gradient of `before`.

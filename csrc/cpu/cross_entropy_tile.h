@@ -150,15 +150,16 @@ TORCHEXT_INLINE double process_tile(
     g[k] = keep[k] == 0 ? Acc{} : g[k];
     scale[k] = g[k] * (weight + mass[k]) / sum[k];
     const Acc shifted = simd::load<kLanes>(targets.x + k * kLanes) - max[k];
-    Acc value = simd::exp_nonpositive<kLanes>(shifted) * scale[k] - weight * g[k];
+    Acc q = weight;
     if constexpr (kDense) {
       acc_t uniform[kLanes];
       for (int i = 0; i < kLanes; ++i) {
         const int64_t index = targets.index[k * kLanes + i];
         uniform[i] = index < 0 ? acc_t{0} : args.uniform_target(index);
       }
-      value -= simd::load<kLanes>(uniform) * g[k];
+      q += simd::load<kLanes>(uniform);
     }
+    const Acc value = simd::exp_nonpositive<kLanes>(shifted) * scale[k] - q * g[k];
     simd::store<kLanes>(targets.gradient + k * kLanes, value);
   }
   // An ignored position's gradient is 0, or NaN where its softmax is (as in torch).

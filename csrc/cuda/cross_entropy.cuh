@@ -143,8 +143,8 @@ __device__ inline void dense_target(const CrossEntropyArgs& args, const scalar_t
   }
 }
 
-// What the gradient of a row is made of: e^(x - max) * scale - q * g, less `at_target` at the
-// target.
+// What the gradient of a row is made of: e^(x - max) * scale - q * g, at the target
+// e^(x - max) * scale - (q + at_target) * g.
 template <typename acc_t>
 struct GradientScale {
   acc_t max;
@@ -174,7 +174,7 @@ __device__ inline GradientScale<acc_type<scalar_t>> gradient_scale(
     g *= args.wide ? static_cast<const acc_type<scalar_t>*>(args.grad_output)[at]
                    : to_acc(static_cast<const scalar_t*>(args.grad_output)[at]);
   }
-  return {base_of(sums.max), g * (target.weight + sums.mass) / sums.sum, g, target.weight * g};
+  return {base_of(sums.max), g * (target.weight + sums.mass) / sums.sum, g, target.weight};
 }
 
 // The loss and the stats of a position, by one thread. `target_x` is the logit of the target.
@@ -210,16 +210,18 @@ __device__ inline void gradient_of(const CrossEntropyArgs& args,
   constexpr int kSize = Access<scalar_t, kWide>::kSize;
 #pragma unroll
   for (int i = 0; i < kSize; ++i) x[i] = exp_nonpositive(x[i] - row.max) * row.scale;
+  const uint64_t from_here = static_cast<uint64_t>(target.index) - static_cast<uint64_t>(c);
   if constexpr (kDense) {
     acc_t q[kSize];
     dense_target<scalar_t, kWide>(args, probabilities, weight, q);
 #pragma unroll
-    for (int i = 0; i < kSize; ++i) x[i] -= q[i] * row.g;
-  }
-  const uint64_t from_here = static_cast<uint64_t>(target.index) - static_cast<uint64_t>(c);
-  if (from_here < kSize) {
+    for (int i = 0; i < kSize; ++i) {
+      if (from_here == i) q[i] += row.at_target;
+      x[i] -= q[i] * row.g;
+    }
+  } else if (from_here < kSize) {
 #pragma unroll
-    for (int i = 0; i < kSize; ++i) x[i] -= from_here == i ? row.at_target : acc_t{0};
+    for (int i = 0; i < kSize; ++i) x[i] -= from_here == i ? row.at_target * row.g : acc_t{0};
   }
 }
 

@@ -175,15 +175,16 @@ __global__ void __launch_bounds__(kThreads, 2)
     for (int k = 0; k < kSize; ++k) {
       x[k] = exp_nonpositive(x[k] - scale[k].max) * scale[k].scale;
     }
-    if constexpr (kDense) {
-      acc_t q[kSize];
-      column_target<scalar_t, kWide>(args, probabilities, c, q);
-#pragma unroll
-      for (int k = 0; k < kSize; ++k) x[k] -= q[k] * scale[k].g;
-    }
+    acc_t q[kSize];
+    if constexpr (kDense) column_target<scalar_t, kWide>(args, probabilities, c, q);
 #pragma unroll
     for (int k = 0; k < kSize; ++k) {
-      if (c == target[k].index) x[k] -= scale[k].at_target;
+      const acc_t at_target = c == target[k].index ? scale[k].at_target : acc_t{0};
+      if constexpr (kDense) {
+        x[k] -= (q[k] + at_target) * scale[k].g;
+      } else if (c == target[k].index) {
+        x[k] -= at_target * scale[k].g;  // elsewhere 0 times an infinite g would be NaN
+      }
     }
     Memory::store(gradient + c * args.gradient_strides.channel, Memory::pack(x));
   }

@@ -225,9 +225,13 @@ __global__ void __launch_bounds__(kThreads, 1)
 #pragma unroll
     for (int k = 0; k < kSize; ++k) {
       const acc_t z = transform(x[k]);
+      const bool at_target = c + k == target.index;
       acc_t value = exp_nonpositive(z - base) * scale;
-      if (args.rows.dense) value -= dense_target<scalar_t>(args, position, c + k) * g;
-      if (c + k == target.index) value -= target.weight * g;
+      if (args.rows.dense || at_target) {  // elsewhere 0 times an infinite g would be NaN
+        acc_t q = at_target ? target.weight : acc_t{0};
+        if (args.rows.dense) q += dense_target<scalar_t>(args, position, c + k);
+        value -= q * g;
+      }
       x[k] = value * transform.slope(z);
     }
     if constexpr (kSize > 1) {

@@ -129,7 +129,9 @@ __global__ void __launch_bounds__(kThreads, 1)
     sum += static_cast<double>(to_acc(static_cast<const scalar_t*>(args.weight)[c]));
   }
   sum = block_total({0, sum}).mass;
-  if (threadIdx.x == 0) *mass = static_cast<acc_type<scalar_t>>(sum * args.uniform.wide);
+  // Of one class this is q itself.
+  const double uniform = in_width<acc_type<scalar_t>>(args.uniform);
+  if (threadIdx.x == 0) *mass = static_cast<acc_type<scalar_t>>(sum * uniform);
 }
 
 }  // namespace
