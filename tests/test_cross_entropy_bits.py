@@ -103,7 +103,7 @@ def test_a_row_has_the_same_bits_in_any_batch(
     """The loss of each row and, of a sum, its gradient; forward with and without a gradient."""
     logits = maker(75, classes, dtype)
     target = target_for(logits, kind)
-    options = {"label_smoothing": smoothing, "reduction": "sum"}
+    options: dict[str, Any] = {"label_smoothing": smoothing, "reduction": "sum"}
     with torchext.use_backend("native"):
         kept = {**options, "reduction": "none"}
         losses = torchext.cross_entropy(logits, target, **kept)
@@ -113,6 +113,47 @@ def test_a_row_has_the_same_bits_in_any_batch(
             assert torch.equal(torchext.cross_entropy(x, t, **kept), losses[part])
             assert torch.equal(loss_and_gradient(x, t, **options)[1], gradient[part])
             assert torch.equal(loss_and_gradient(x, t, **kept)[0], losses[part])
+
+
+@pytest.mark.parametrize("maker", MAKERS)
+@pytest.mark.parametrize("kind", ["indices", "probabilities"])
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_weighted_rows_have_the_same_bits_in_any_batch(
+    dtype: torch.dtype, maker: Maker, kind: str, smoothing: float
+) -> None:
+    """Of losses without reduction, whose gradients are made in backward, and of their sum."""
+    logits = maker(100, 48, dtype)
+    target, weight = target_for(logits, kind), torch.rand(48).to(dtype)
+    upstream = torch.randn(100, *logits.shape[2:]).to(dtype)
+
+    def gradients(rows: slice) -> list[Tensor]:
+        x = logits[rows].detach().requires_grad_()
+        found = []
+        for reduction, up in (("none", upstream[rows]), ("sum", None)):
+            loss = torchext.cross_entropy(
+                x, target[rows], weight, reduction=reduction, label_smoothing=smoothing
+            )
+            found += torch.autograd.grad(loss, x, up)
+        return found
+
+    with torchext.use_backend("native"):
+        whole = gradients(slice(None))
+        for row in range(100):
+            for alone, together in zip(gradients(slice(row, row + 1)), whole, strict=True):
+                assert torch.equal(alone, together[row : row + 1])
+
+
+@pytest.mark.parametrize("maker", MAKERS)
+@pytest.mark.parametrize("classes", [300, 2049, 20001])
+def test_much_smoothing_loses_no_digits(maker: Maker, classes: int) -> None:
+    """A sum of equal parts of the smoothing would be rounded to one side."""
+    logits = maker(4, classes, torch.float32) / 30
+    target = target_for(logits, "indices")
+    options: dict[str, Any] = {"reduction": "none", "label_smoothing": 0.9}
+    truth = F.cross_entropy(logits.double(), target, **options)
+    with torchext.use_backend("native"):
+        loss = torchext.cross_entropy(logits, target, **options)
+    assert ((loss - truth).abs() <= 4e-7 * truth).all()
 
 
 def test_the_loss_is_the_same_with_and_without_a_gradient(dtype: torch.dtype) -> None:
@@ -140,7 +181,12 @@ def test_small_probabilities_have_their_relative_precision() -> None:
         # The target's is a probability less 1, which cancels: its rounding is that of a 1.
         at_target = torch.zeros_like(error, dtype=torch.bool)
         at_target.scatter_(1, target.clamp(min=0).unsqueeze(1), True)
-        assert not (error > 2e-5 * exact.grad.abs() + 1e-36 + 2e-7 * at_target).any()
+        stock = logits.detach().requires_grad_()
+        F.cross_entropy(stock, target, reduction="sum").backward()
+        assert stock.grad is not None
+        stocks = ((stock.grad.double() - exact.grad).abs() * at_target).max()
+        bound = 2e-5 * exact.grad.abs() + 1e-36 + (stocks + 2e-7) * at_target
+        assert not (error > bound).any()
 
 
 @pytest.mark.parametrize("index", [-(2**63), 2**63 - 1, -1, 2**32, -(2**32), 5, 6])

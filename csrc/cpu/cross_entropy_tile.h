@@ -65,18 +65,21 @@ TORCHEXT_INLINE double process_tile(
     return simd::load_tail<kLanes>(values + position + k * kLanes, here, other);
   };
   const auto dense = [&](int64_t c, int k) __attribute__((always_inline)) {
-    Acc q = Acc{} + args.uniform;
-    if (probabilities) {
-      q = simd::load<kLanes>(probabilities.at(c) + k * kLanes) * args.kept + args.uniform;
-    }
-    if (args.weight) q *= args.weight[c];
-    return q;
+    // Weights before the probabilities: a product of them last would be contracted into whatever
+    // sum comes next, in tiles of one width and not of another.
+    const acc_t kept = args.weight ? args.kept * args.weight[c] : args.kept;
+    const acc_t uniform = args.weight ? args.uniform * args.weight[c] : args.uniform;
+    if (!probabilities) return Acc{} + uniform;
+    return simd::load<kLanes>(probabilities.at(c) + k * kLanes) * kept + uniform;
   };
 
+  // Many equal terms would be rounded alike.
+  const bool known_mass = kDense && !probabilities;
   Acc max[kWidth], sum[kWidth], mass[kWidth], dot[kWidth];
   for (int k = 0; k < kWidth; ++k) {
     max[k] = Acc{} - kInfinity;
-    sum[k] = mass[k] = dot[k] = Acc{};
+    sum[k] = dot[k] = Acc{};
+    mass[k] = Acc{} + (known_mass ? static_cast<acc_t>(args.uniform_mass) : acc_t{0});
   }
   double total = 0;
   if (args.backward) {
@@ -84,7 +87,7 @@ TORCHEXT_INLINE double process_tile(
       max[k] = lanes(args.stats, k, 0);
       sum[k] = lanes(args.stats + args.stats_stride, k, 1);
     }
-    if constexpr (kDense) {
+    if (kDense && probabilities) {
       for (int64_t begin = 0; begin < classes; begin += kClassesPerSum) {
         const int64_t end = std::min(classes, begin + kClassesPerSum);
         Acc part[kWidth] = {};
@@ -121,7 +124,7 @@ TORCHEXT_INLINE double process_tile(
       }
       for (int k = 0; k < kWidth; ++k) {
         sum[k] += part_sum[k];
-        mass[k] += part_mass[k];
+        if (!known_mass) mass[k] += part_mass[k];
         dot[k] += part_dot[k];
       }
     }
