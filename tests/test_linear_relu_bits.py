@@ -108,6 +108,26 @@ def test_few_rows_have_the_bits_of_many(
         assert (part.double() - expected[7 : 7 + rows]).abs().max() <= bound * expected.max()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("features", ["rows", "columns", "gapped"])
+@pytest.mark.parametrize("weights", ["row", "column"])
+def test_one_column_of_any_layout(dtype: torch.dtype, features: str, weights: str) -> None:
+    """Which of the two is read along its rows is no matter of how many rows there are."""
+    input, weight = torch.randn(24, 784, dtype=dtype), torch.randn(1, 784, dtype=dtype)
+    if features != "rows":
+        input = input.t().contiguous().t() if features == "columns" else input.repeat(1, 2)[:, ::2]
+    if weights == "column":
+        weight = torch.randn(784, 3, dtype=dtype)[:, :1].t()
+    bias = torch.full((1,), 100.0, dtype=dtype)
+    whole = torchext.linear_relu(input, weight, bias)
+    expected = input.double() @ weight.double().t() + bias.double()
+    bound = torch.finfo(dtype).eps * 784**0.5
+    assert (whole.double() - expected).abs().max() <= bound * expected.abs().max()
+    for begin, rows in itertools.product(range(0, 24, 7), (1, 2, 3)):
+        part = torchext.linear_relu(input[begin : begin + rows], weight, bias)
+        assert torch.equal(part, whole[begin : begin + rows])
+
+
 @pytest.mark.parametrize("dtype", FLOATING, ids=str)
 @pytest.mark.parametrize(("inner", "columns"), [(784, 50), (1000, 41), (2500, 300)])
 def test_few_rows_have_the_gradients_of_many(

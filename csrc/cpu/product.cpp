@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <limits>
 #include <numeric>
+#include <utility>
 
 #include "cpu/dispatch.h"
 #include "cpu/product_kernel.h"
@@ -215,7 +216,7 @@ void Product<scalar_t>::run() const {
   if constexpr (std::is_same_v<scalar_t, simd::BFloat16>) {
     if (pairs_serve(*this)) return run_as_pairs();
   }
-  if (columns == 1 && rows > 1 && out.row_stride == 1 && inner > 1) return run_turned();
+  if (better_turned()) return run_turned();
   if constexpr (!kNarrow) {
     if (dots_serve(*this)) return run_dots();
   }
@@ -287,6 +288,21 @@ void Product<scalar_t>::run() const {
 }
 
 // One of a single column, as that of a single row: out lies in memory as it would.
+// Whether a product of one column is to be one of one row. Not by the rows alone: where dot
+// products serve one of the two, of few rows and of many it must be that one.
+template <typename scalar_t>
+bool Product<scalar_t>::better_turned() const {
+  if (columns != 1 || out.row_stride != 1 || inner == 1) return false;
+  if constexpr (std::is_same_v<scalar_t, acc_type<scalar_t>>) {
+    Product turned = *this;
+    std::swap(turned.left, turned.right);
+    std::swap(turned.right.row_stride, turned.right.column_stride);
+    const bool dots = dots_serve(*this), turned_dots = dots_serve(turned);
+    if (dots != turned_dots) return turned_dots;
+  }
+  return rows > 1;
+}
+
 template <typename scalar_t>
 void Product<scalar_t>::run_turned() const {
   Product turned = *this;

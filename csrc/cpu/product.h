@@ -22,8 +22,8 @@ struct Matrix {
 // out (rows, columns) = left (rows, inner) @ right (inner, columns), and then, where asked for,
 // plus what stood in out, plus bias (columns), and ReLU (NaN stays NaN). Each element is summed
 // over `inner` in an order that depends on nothing but `inner`, the instruction set and, of small
-// products on Intel's processors, the right matrix's layout (`dots_serve`): neither on the threads
-// nor on the other rows and columns. out: column_stride 1.
+// products on Intel's processors, the right matrix's layout (`dots_serve`), of one column both
+// matrices': neither on the threads nor on the other rows and columns. out: column_stride 1.
 template <typename scalar_t>
 struct Product {
   Matrix<scalar_t> out;
@@ -46,6 +46,7 @@ struct Product {
   void run_wide(int64_t panel_columns) const;
   void run_thin(int64_t shares) const;
   void run_in_pieces() const;
+  bool better_turned() const;
   void run_turned() const;
   void run_as_pairs() const;
 };
