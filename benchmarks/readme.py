@@ -17,6 +17,12 @@ from benchmarks.results import Results, Row, load
 
 BEGIN, END = "<!-- benchmarks:begin -->", "<!-- benchmarks:end -->"
 _PLOTS = ("cross_entropy_time.png", "linear_cross_entropy_memory.png", "training_epoch.png")
+_OTHERS = ("eager", "compile", "torch chunked", "JAX", "limit")
+_TABLES_NOTE = (
+    "The limit is a copy of the same bytes, or the bare matrix products; the library's may be "
+    "slower than ours. The counts below the tables are of calls without gradients, too, which the "
+    "reports list."
+)
 _ORDER = ("cross_entropy", "linear_relu", "linear_cross_entropy", "overhead", "training")
 
 
@@ -83,7 +89,7 @@ def _machine(folder: Path, paths: Sequence[Path], root: Path) -> list[str]:
     where = folder.relative_to(root)
     everything = [load(path) for path in paths]
     everything.sort(key=lambda each: _ORDER.index(each.suite) if each.suite in _ORDER else 99)
-    lines = [f"### {_title(everything[0])}", "", report.NOISE_NOTE, ""]
+    lines = [f"### {_title(everything[0])}", "", f"{report.NOISE_NOTE} {_TABLES_NOTE}", ""]
     for results in everything:
         source = f"[{results.suite}.json]({where}/{results.suite}.json)"
         lines += [f"**{results.suite}** ({source}; commit {results.commit}, {results.date} UTC, "
@@ -112,10 +118,10 @@ def _table(results: Results) -> list[str]:
         ours = [row for row in rows.values() if row.role == "ours" and _shown(row)]
         for row in sorted(ours, key=lambda row: row.provider):
             time = time_text(row.median_ms) if row.measured else row.status
-            others = [_cell(rows.get(name)) for name in ("eager", "compile", "limit")]
+            others = [_cell(rows.get(name)) for name in _OTHERS]
             ratios = [report.speed_cell(row), report.limit_cell(row)]
             lines.append([_name(row), time, *others, *ratios])
-    head = ["", "torchext", "eager", "compile", "limit"]
+    head = ["", "torchext", *_OTHERS]
     head += ["times as fast as the best other", "time over the limit's"]
     return report.without_empty([head, *lines])
 

@@ -97,7 +97,7 @@ def sentences(rows: int, tokens: int, generator: torch.Generator) -> Tensor:
     return words
 
 
-def peak_megabytes(device: str) -> float:
+def peak_mebibytes(device: str) -> float:
     """The most memory so far: the allocator's on a GPU, the process's on the CPU."""
     if device == "cuda":
         return torch.cuda.max_memory_allocated() / 2**20
@@ -112,7 +112,7 @@ def train(name: str, options: argparse.Namespace) -> str:
     model.to(options.device), head.to(options.device)
     optimizer = torch.optim.SGD([*model.parameters(), *head.parameters()], lr=0.5)
     generator = torch.Generator().manual_seed(2)
-    start = peak_megabytes(options.device)
+    start = peak_mebibytes(options.device)
     times, loss = [], torch.empty(())
     for _ in range(options.steps):
         words = sentences(options.batch, options.context + 1, generator).to(options.device)
@@ -124,8 +124,8 @@ def train(name: str, options: argparse.Namespace) -> str:
         value = loss.item()  # waits for a GPU
         times.append(time.perf_counter() - begin)
     step = 1e3 * statistics.median(times[1:] or times)
-    grown = peak_megabytes(options.device) - start
-    return f"{name:<16}{value:>10.5f}{step:>12.1f}{grown:>14.0f}"
+    grown = peak_mebibytes(options.device) - start
+    return f"{name:<16}{value:>10.5f}{step:>12.1f}{grown:>15.0f}"
 
 
 def main() -> None:
@@ -152,7 +152,8 @@ def main() -> None:
         f"{options.batch} x {options.context} tokens a step, {options.steps} steps, "
         f"{options.device}"
     )
-    print(f"{'head':<16}{'loss':>10}{'ms a step':>12}{'peak MB above':>14}", flush=True)
+    # Of the memory, what the steps add to the model and its head.
+    print(f"{'head':<16}{'loss':>10}{'ms a step':>12}{'peak MiB above':>15}", flush=True)
     for name in HEADS:
         command = [sys.executable, __file__, *sys.argv[1:], "--head", name]
         if (code := subprocess.run(command).returncode) != 0:

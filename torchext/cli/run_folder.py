@@ -69,9 +69,7 @@ def load_checkpoint(path: Path) -> Checkpoint:
     try:
         loaded = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged file can raise almost anything
-        raise CheckpointError(
-            f"{path}: damaged, or not a checkpoint ({type(error).__name__})"
-        ) from error
+        raise CheckpointError(f"{path}: damaged, or not a checkpoint") from error
     if not _is_checkpoint(loaded):
         what = sorted(map(str, loaded)) if isinstance(loaded, dict) else type(loaded).__name__
         raise CheckpointError(

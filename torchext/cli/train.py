@@ -250,6 +250,8 @@ def _introduce(settings: Settings, digits: Digits, steps: int, done: int) -> Non
         f"{len(digits.train_labels):,} images to train on, {len(digits.test_labels):,} to test on, "
         f"{steps} steps an epoch" + (f", {done} epochs done" if done else "")
     )
+    if done >= settings.epochs:
+        print(f"nothing is left of {settings.epochs} epochs; --epochs N goes on to N in all")
     print(f"{'epoch':>5}{'loss':>12}{'test acc.':>12}{'seconds':>11}{'images/s':>12}", flush=True)
 
 
