@@ -48,8 +48,6 @@ INSTRUCTIONS = {
     "LD.E": re.compile(r"\bLD\.E\b"),
 }
 CLUSTER_INSTRUCTIONS = ("UCGABAR_ARV", "UCGABAR_WAIT", "LD.E")
-# Half of the time, so these begin first.
-LONGEST = ("cross_entropy_rows", "linear_cross_entropy_pieces")
 REPORT = re.compile(
     r"Compiling entry function '(?P<name>\S+)' for '(?P<arch>\w+)'.*?"
     r"(?P<stack>\d+) bytes stack frame, (?P<stores>\d+) bytes spill stores, "
@@ -223,7 +221,7 @@ def main() -> None:
         folder = options.keep or Path(temporary)
         folder.mkdir(parents=True, exist_ok=True)
         work: dict[Future[Any], Path] = {}
-        for source in sorted(sources, key=lambda p: p.stem not in LONGEST):
+        for source in sources:
             to = folder / f"{source.stem}.o"
             work[pool.submit(compile_source, source, targets, flags, to)] = source
         for source in sorted((ROOT / "csrc/cuda").glob("*.cpp")):
@@ -236,7 +234,7 @@ def main() -> None:
                 print(f"{work[done].relative_to(ROOT)}: {what} ({seconds:.0f} s)", flush=True)
                 kernels += found or []
         finally:
-            pool.shutdown(cancel_futures=True)  # of a failure, the rest need not be waited for
+            pool.shutdown(cancel_futures=True)  # after a failure none begins
     archs = [code for code in targets if code.startswith("sm_")]
     table(kernels, archs)
     faults = [f"{k.name} on {k.arch} {fault}" for k in kernels for fault in faults_of(k)]

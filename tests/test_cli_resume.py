@@ -104,10 +104,11 @@ def test_long_training_is_saved_on_the_way(train, tmp_path, monkeypatch):
     assert seen == losses(tmp_path)[:2]
 
 
-def test_resume_with_nothing_left(train, tmp_path):
+def test_resume_with_nothing_left(train, tmp_path, capsys):
     assert train(tmp_path / "a", "--epochs 2") == 0
     assert main(["train", "--resume", str(tmp_path / "a"), "--out", str(tmp_path / "b")]) == 0
     assert losses(tmp_path / "b") == losses(tmp_path / "a")
+    assert "nothing is left of 2 epochs" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

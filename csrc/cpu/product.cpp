@@ -287,7 +287,6 @@ void Product<scalar_t>::run() const {
   });
 }
 
-// One of a single column, as that of a single row: out lies in memory as it would.
 // Whether a product of one column is to be one of one row. Not by the rows alone: where dot
 // products serve one of the two, of few rows and of many it must be that one.
 template <typename scalar_t>
@@ -303,6 +302,7 @@ bool Product<scalar_t>::better_turned() const {
   return rows > 1;
 }
 
+// One of a single column, as that of a single row: out lies in memory as it would.
 template <typename scalar_t>
 void Product<scalar_t>::run_turned() const {
   Product turned = *this;
