@@ -313,6 +313,12 @@ void Product<scalar_t>::run_turned() const {
   turned.columns = rows;
   const std::vector<scalar_t> biases(bias ? rows : 0, bias ? *bias : scalar_t{});
   if (bias) turned.bias = biases.data();
+  if constexpr (std::is_same_v<scalar_t, acc_type<scalar_t>>) {
+    // As `better_turned` asked, of one column: of as many as there are rows they might not serve.
+    Product asked = turned;
+    std::swap(asked.rows, asked.columns);
+    if (dots_serve(asked)) return turned.run_dots();
+  }
   turned.run();
 }
 

@@ -21,9 +21,10 @@ struct Matrix {
 
 // out (rows, columns) = left (rows, inner) @ right (inner, columns), and then, where asked for,
 // plus what stood in out, plus bias (columns), and ReLU (NaN stays NaN). Each element is summed
-// over `inner` in an order that depends on nothing but `inner`, the instruction set and, of small
-// products on Intel's processors, the right matrix's layout (`dots_serve`), of one column both
-// matrices': neither on the threads nor on the other rows and columns. out: column_stride 1.
+// over `inner` in an order that depends on nothing but `inner`, the instruction set and, of few
+// columns or on Intel's processors of small products, the right matrix's layout and how many
+// columns it has (`dots_serve`), of one column both matrices': neither on the threads nor on the
+// other rows. out: column_stride 1.
 template <typename scalar_t>
 struct Product {
   Matrix<scalar_t> out;
@@ -57,8 +58,8 @@ void Product<torch::headeronly::BFloat16>::run_as_pairs() const;
 template <typename scalar_t>
 bool product_serves(const Product<scalar_t>& product);
 
-// Whether dot products (product_dots.cpp) are the faster ones for what our own kernel serves. For a
-// small product a matter of `inner` and of the right matrix alone.
+// Whether dot products (product_dots.cpp) are the faster ones for what our own kernel serves. Of
+// one that is always ours a matter of `inner` and of the right matrix alone.
 template <typename scalar_t>
 bool dots_serve(const Product<scalar_t>& product);
 

@@ -21,8 +21,8 @@ constexpr int64_t kManyRows = 512;
 constexpr int64_t kManyRowsAvx2 = 2048;
 constexpr int64_t kShortRight = int64_t{256} << 10;
 
-// Vectors of inner steps from which on dot products are taken, and where rows begin anywhere, not
-// at cache lines.
+// Vectors of inner steps from which on dot products are taken on Intel's processors, and where rows
+// begin anywhere, not at cache lines.
 constexpr int64_t kShortestDots = 16;
 constexpr int64_t kLongDots = 40;
 
@@ -111,20 +111,31 @@ bool product_serves(const Product<scalar_t>& product) {
          product.inner * product.columns * kBytes < kShortRight;
 }
 
-// Of small products: large ones of many rows are packed (4096 x 784 x 64 takes 1.23 of its time by
-// dot products). Of eager's time, forward on 2 cores of an Intel Xeon of family 6, model 207, by
-// dot products and by product_kernel.h or product_few.cpp: float32 1 x 784 x 256 0.89 and 1.4, 2 x
-// 784 x 256 1.0 to 1.15 and 1.8, 4 x 784 x 256 0.83 and 1.45, 12 x 2048 x 16 0.8 and 1.3, 100 x 784
-// x 64 0.85 and 0.85, 300 x 256 x 64 0.93 and 0.83; of rows that begin anywhere 2 x 700 x 256 1.2
-// and 1.6, 300 x 700 x 64 0.97 and 0.78, but 300 x 300 x 64 1.12 and 0.8. Elsewhere nothing was
-// measured.
+// Small products on Intel's processors, where large ones of many rows are packed (4096 x 784 x 64
+// takes 1.23 of its time by dot products). Of eager's time, forward on 2 cores of an Intel Xeon of
+// family 6, model 207, by dot products and by product_kernel.h or product_few.cpp: float32 1 x 784
+// x 256 0.89 and 1.4, 2 x 784 x 256 1.0 to 1.15 and 1.8, 4 x 784 x 256 0.83 and 1.45, 12 x 2048 x
+// 16 0.8 and 1.3, 100 x 784 x 64 0.85 and 0.85, 300 x 256 x 64 0.93 and 0.83; of rows that begin
+// anywhere 2 x 700 x 256 1.2 and 1.6, 300 x 700 x 64 0.97 and 0.78, but 300 x 300 x 64 1.12 and
+// 0.8.
+//
+// Elsewhere, where large ones are our own as well, any of few columns: the same on 2 cores of Zen 5
+// 1 x 2048 x 1 1.07 and 1.5, 1000 x 128 x 2 0.56 and 1.5, 64 x 2048 x 2 0.58 and 2.1, 1 x 8192 x 24
+// 0.86 and 1.7, 4096 x 784 x 10 0.22 and 0.33, 4096 x 784 x 16 0.40 and 0.43; in float64 1 x 2048 x
+// 10 0.91 and 1.3, 1000 x 256 x 2 0.42 and 1.2. But 4096 x 8192 x 16 0.79 and 0.52, and of more
+// columns 1 x 784 x 64 0.93 and 1.12, 4096 x 784 x 64 0.46 and 0.41, 4096 x 2048 x 64 0.55 and
+// 0.38.
 template <typename scalar_t>
 bool dots_serve(const Product<scalar_t>& product) {
   constexpr int64_t kLanes = 64 / sizeof(scalar_t);
-  const int64_t inner = product.inner;
-  return simd::level() == simd::Level::kAvx512 && is_intel() && product.right.row_stride == 1 &&
-         inner >= (inner % kLanes == 0 ? kShortestDots : kLongDots) * kLanes &&
-         product.rows * inner * product.columns <= small_product<scalar_t>();
+  const int64_t inner = product.inner, columns = product.columns;
+  if (simd::level() != simd::Level::kAvx512 || product.right.row_stride != 1) return false;
+  if (!is_intel()) {
+    const int64_t vectors = columns <= 4 ? 2 : columns <= 12 ? 8 : 32;
+    return columns <= kLanes * 3 / 2 && inner >= vectors * kLanes;
+  }
+  return inner >= (inner % kLanes == 0 ? kShortestDots : kLongDots) * kLanes &&
+         product.rows * inner * columns <= small_product<scalar_t>();
 }
 
 template bool dots_serve(const Product<float>& product);
