@@ -184,6 +184,25 @@ def test_small_probabilities_have_their_relative_precision() -> None:
         assert not (error > 2e-5 * exact.grad.abs() + 1e-36 + 2e-7 * at_target).any()
 
 
+@pytest.mark.parametrize("classes", [400, 2000, 30000])
+def test_a_nearly_certain_class_keeps_its_digits(classes: int) -> None:
+    """Classes that are summed one after the other: many small ones beside a 1."""
+    logits = torch.full((40, classes), -13.7)
+    target = torch.randint(classes, (40,))
+    logits.scatter_(1, target.unsqueeze(1), 0.0)
+    exact = logits.double().requires_grad_()
+    truth = F.cross_entropy(exact, target, reduction="none")
+    truth.sum().backward()
+    assert exact.grad is not None
+    with torchext.use_backend("native"):
+        columns = logits.t().contiguous().t().requires_grad_()
+        loss = torchext.cross_entropy(columns, target, reduction="none")
+        loss.sum().backward()
+    assert columns.grad is not None
+    assert (loss - truth).abs().max() < 1e-6
+    assert (columns.grad - exact.grad).abs().max() < 1e-6
+
+
 @pytest.mark.parametrize("index", [-(2**63), 2**63 - 1, -1, 2**32, -(2**32), 5, 6])
 @pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
 def test_a_class_out_of_range_touches_no_memory(backend: str, index: int, reduction: str) -> None:

@@ -12,6 +12,10 @@
 namespace torchext::cpu {
 
 constexpr int64_t kClassesPerSum = 256;
+// Exponentials that are summed by themselves, before what their sum's sum is rounded by is kept. Of
+// 400 classes the gradient of one that is nearly certain was up to 3e-7 off with sums of 256, up to
+// 1.2e-7 so (2.4e-7 in torch).
+constexpr int64_t kClassesPerExactSum = 16;
 
 // Element c of the tile's first position, and what separates the classes.
 template <typename T>
@@ -75,10 +79,10 @@ TORCHEXT_INLINE double process_tile(
 
   // Many equal terms would be rounded alike.
   const bool known_mass = kDense && !probabilities;
-  Acc max[kWidth], sum[kWidth], mass[kWidth], dot[kWidth];
+  Acc max[kWidth], sum[kWidth], lost[kWidth], mass[kWidth], dot[kWidth];
   for (int k = 0; k < kWidth; ++k) {
     max[k] = Acc{} - kInfinity;
-    sum[k] = dot[k] = Acc{};
+    sum[k] = lost[k] = dot[k] = Acc{};
     mass[k] = Acc{} + (known_mass ? static_cast<acc_t>(args.uniform_mass) : acc_t{0});
   }
   double total = 0;
@@ -108,26 +112,34 @@ TORCHEXT_INLINE double process_tile(
     // digits.
     for (int64_t begin = 0; begin < classes; begin += kClassesPerSum) {
       const int64_t end = std::min(classes, begin + kClassesPerSum);
-      Acc part_sum[kWidth] = {}, part_mass[kWidth] = {}, part_dot[kWidth] = {};
-      for (int64_t c = begin; c < end; ++c) {
-        for (int k = 0; k < kWidth; ++k) {
-          const Acc shifted = simd::load<kLanes>(x.at(c) + k * kLanes) - max[k];
-          const Acc e = simd::exp_nonpositive<kLanes>(shifted);
-          part_sum[k] += e;
-          if constexpr (kDense) {
-            const Acc q = dense(c, k);
-            part_mass[k] += q;
-            part_dot[k] += q * shifted;
+      Acc part_mass[kWidth] = {}, part_dot[kWidth] = {};
+      for (int64_t c = begin; c < end;) {
+        Acc part_sum[kWidth] = {};
+        for (const int64_t stop = std::min(end, c + kClassesPerExactSum); c < stop; ++c) {
+          for (int k = 0; k < kWidth; ++k) {
+            const Acc shifted = simd::load<kLanes>(x.at(c) + k * kLanes) - max[k];
+            const Acc e = simd::exp_nonpositive<kLanes>(shifted);
+            part_sum[k] += e;
+            if constexpr (kDense) {
+              const Acc q = dense(c, k);
+              part_mass[k] += q;
+              part_dot[k] += q * shifted;
+            }
+            if (exps) simd::store<kLanes>(exps.at(c) + k * kLanes, e);
           }
-          if (exps) simd::store<kLanes>(exps.at(c) + k * kLanes, e);
+        }
+        for (int k = 0; k < kWidth; ++k) {
+          const Acc whole = sum[k] + part_sum[k], added = whole - sum[k];
+          lost[k] += (sum[k] - (whole - added)) + (part_sum[k] - added);
+          sum[k] = whole;
         }
       }
       for (int k = 0; k < kWidth; ++k) {
-        sum[k] += part_sum[k];
         if (!known_mass) mass[k] += part_mass[k];
         dot[k] += part_dot[k];
       }
     }
+    for (int k = 0; k < kWidth; ++k) sum[k] += lost[k];
     for (int i = 0; i < count; ++i) {
       const int k = i / kLanes, lane = i % kLanes;
       const acc_t log_sum = std::log(sum[k][lane]);
