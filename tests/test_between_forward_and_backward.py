@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import math
 import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -47,6 +48,37 @@ def test_logits_may_be_changed_after_the_loss(dtype: torch.dtype, reduction: str
     assert torch.equal(found[1], found[2])
     if dtype is not torch.bfloat16:  # test_cross_entropy.py holds those to the truth
         torch.testing.assert_close(*found[::2])
+
+
+@pytest.mark.parametrize("upstream", [math.inf, -math.inf, math.nan])
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+def test_upstream_gradients_that_are_not_finite(
+    dtype: torch.dtype, reduction: str, upstream: float
+) -> None:
+    """As stock: 0 of rows that are ignored, NaN at the target, infinite beside it."""
+    x, w = torch.randn(6, 20).to(dtype), torch.randn(20, 4).to(dtype)
+    target = TARGET.masked_fill(TARGET == 7, -100)
+    gradient = torch.tensor(upstream, dtype=dtype)
+    for smoothing in (0.0, 0.1):
+
+        def grads(op: Callable[..., Tensor], *leaves: Tensor, smoothing: float = smoothing) -> Any:
+            leaves = tuple(leaf.clone().requires_grad_() for leaf in leaves)
+            first, *others = leaves
+            loss = op(first, *others, target, reduction=reduction, label_smoothing=smoothing)
+            return torch.autograd.grad(loss, leaves, gradient)
+
+        def definition(input: Tensor, weight: Tensor, *args: Any, **options: Any) -> Tensor:
+            return F.cross_entropy(input @ weight.t(), *args, **options)
+
+        pairs = [
+            (grads(torchext.cross_entropy, x), grads(F.cross_entropy, x)),
+            (grads(torchext.linear_cross_entropy, x[:, :4], w), grads(definition, x[:, :4], w)),
+        ]
+        for actual, expected in pairs:
+            for one, other in zip(actual, expected, strict=True):
+                assert torch.equal(torch.isnan(one), torch.isnan(other))
+                assert torch.equal(one.nan_to_num(), other.nan_to_num())
 
 
 def test_second_derivatives_of_changed_logits_are_refused() -> None:

@@ -100,29 +100,38 @@ def fast_apply(function: type[torch.autograd.Function]) -> Callable[..., Tensor]
     return super(torch.autograd.Function, function).apply  # type: ignore[no-any-return, misc]
 
 
-def scaled(gradients: Sequence[Tensor], grad_loss: Tensor, owned: bool) -> tuple[Tensor, ...]:
+def scaled(
+    gradients: Sequence[Tensor], grad_loss: Tensor, owned: bool
+) -> tuple[Tensor, ...] | None:
     """Returns saved gradients of a loss times its own, in place where nobody will see it.
+
+    None where that would not be stock's answer: 0 times an infinity or a NaN is no 0, and an
+    infinity less another no infinity. Known of what a CPU call may look at; see `multiplied`.
 
     Args:
         gradients: what forward computed for a gradient of 1.
         grad_loss: the gradient of the loss, a scalar.
         owned: whether nobody else holds the saved gradients.
     """
-    if (
-        not owned
-        or type(grad_loss) not in _backend.PLAIN
-        or keeps_graph()
-        # A tracer must not see the value; autocast has no say in a product.
-        or not _backend.ordinary(any_backend=True, autocast=True)
-    ):
-        return tuple(gradient * grad_loss for gradient in gradients)
-    if not grad_loss.is_cpu or _triton.interpreted:  # its value is the device's own
+    # A tracer must not see the value; autocast has no say in a product.
+    look = type(grad_loss) in _backend.PLAIN and _backend.ordinary(any_backend=True, autocast=True)
+    in_place = look and owned and not keeps_graph()
+    if look and grad_loss.is_cpu and not _triton.interpreted:
+        value = grad_loss.item()
+        if not math.isfinite(value):
+            return None
+        if in_place and value != 1.0:
+            for gradient in gradients:
+                gradient.mul_(grad_loss)
+    elif in_place:  # the value is the device's own
         for gradient in gradients:
             _triton.scale_(gradient, grad_loss)
-    elif grad_loss.item() != 1.0:
-        for gradient in gradients:
-            gradient.mul_(grad_loss)
-    return tuple(gradients)
+    return tuple(gradients) if in_place else multiplied(gradients, grad_loss)
+
+
+def multiplied(gradients: Sequence[Tensor], grad_loss: Tensor) -> tuple[Tensor, ...]:
+    """Returns saved gradients of a loss times its own."""
+    return tuple(gradient * grad_loss for gradient in gradients)
 
 
 def unchanged(tensor: Tensor, version: int) -> Tensor:

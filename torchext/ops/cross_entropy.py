@@ -344,25 +344,37 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     ctx.save_for_backward(input, target, weight, output[2] if ctx.one_pass else output[1])
 
 
+def _reference_gradient(
+    ctx: Any, input: Tensor, target: Tensor, weight: Tensor | None, grad_loss: Tensor
+) -> Tensor | None:
+    reduction, ignore_index, label_smoothing = ctx.options
+
+    def loss(logits: Tensor) -> Tensor:
+        return reference.cross_entropy(
+            logits, target, weight, ignore_index, _NAMES[reduction], label_smoothing
+        )
+
+    return _autograd.reference_gradients(loss, (input,), (True,), grad_loss)[0]
+
+
 def _backward(
     ctx: Any, grad_loss: Tensor, *_: Tensor | None, kernel: Callable[..., Any] | None = None
 ) -> tuple[Tensor | None, ...]:
     input, target, weight, saved = ctx.saved_tensors
     if _autograd.wants_reference(grad_loss, ctx.owned):
-        reduction, ignore_index, label_smoothing = ctx.options
         if ctx.logits is not None:
             input = _autograd.unchanged(*ctx.logits)
-
-        def loss(logits: Tensor) -> Tensor:
-            return reference.cross_entropy(
-                logits, target, weight, ignore_index, _NAMES[reduction], label_smoothing
-            )
-
-        (grad_input,) = _autograd.reference_gradients(loss, (input,), (True,), grad_loss)
+        grad_input = _reference_gradient(ctx, input, target, weight, grad_loss)
     elif ctx.one_pass:
+        scaled: Any = _autograd.scaled((saved,), grad_loss, ctx.owned)
+        if scaled is None:  # made of the logits, where they are what they were
+            if ctx.logits is not None and ctx.logits[0]._version == ctx.logits[1]:
+                input = ctx.logits[0]
+            if input is not None:
+                scaled = (_reference_gradient(ctx, input, target, weight, grad_loss),)
+        (grad_input,) = scaled or _autograd.multiplied((saved,), grad_loss)
         if ctx.logits is not None and not _autograd.keeps_graph():
             ctx.logits = None
-        (grad_input,) = _autograd.scaled((saved,), grad_loss, ctx.owned)
     else:
         if kernel is None:
             kernel = _backward_kernel if ctx.owned and _backend.ordinary() else _backward_op

@@ -47,7 +47,9 @@ class _Inplace(torch.autograd.Function):
                 "overwrote them; call it with inplace_backward=False"
             )
         (gradient,) = ctx.saved_tensors
-        (grad_input,) = _autograd.scaled((gradient,), grad_loss, ctx.owned)
+        scaled = _autograd.scaled((gradient,), grad_loss, ctx.owned)
+        # Of an infinite gradient the logits would be needed: what has no part in it is NaN, too.
+        (grad_input,) = scaled or _autograd.multiplied((gradient,), grad_loss)
         return None, grad_input, None, None, None, None, None
 
 

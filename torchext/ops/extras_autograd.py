@@ -282,8 +282,10 @@ def backward(
         and _autograd.exact(saved[0].dtype, grad_loss)
     ):
         made = [grad for grad in grads if grad is not None]
-        scaled = iter(_autograd.scaled(made, grad_loss, ctx.owned))
-        return tuple(None if grad is None else next(scaled) for grad in grads)
+        scaled = _autograd.scaled(made, grad_loss, ctx.owned)
+        if scaled is not None:
+            found = iter(scaled)
+            return tuple(None if grad is None else next(found) for grad in grads)
     return again(grad_loss, grad_lse, needed, *saved, ctx.options)
 
 

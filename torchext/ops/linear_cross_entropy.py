@@ -12,6 +12,7 @@ Siblings: {csrc/{ops,cpu},torchext/nn,triton_kernels,tests}/*linear_cross_entrop
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -333,12 +334,17 @@ def _backward(
     needed = (needed[0], needed[1], needed[3])
     plain = kernel is None and _autograd.plain_backward(ctx, grad_loss)
     grads = ctx.grads
-    if plain and grads and _may_scale(ctx, grads, needed, grad_loss):
+    if (
+        plain
+        and grads
+        and _may_scale(ctx, grads, needed, grad_loss)
+        and math.isfinite(value := grad_loss.item())  # see `_autograd.scaled`
+    ):
         if _autograd.keeps_graph():
-            grads = [gradient * grad_loss for gradient in grads]
+            grads = _autograd.multiplied(grads, grad_loss)
         else:
             ctx.grads = ()  # as saved tensors go; after this those are missed, as ever
-            if grad_loss.item() != 1.0:
+            if value != 1.0:
                 for gradient in grads:
                     gradient.mul_(grad_loss)
     else:
@@ -364,9 +370,11 @@ def _recomputed(
     grad_loss = grad_loss.resolve_neg()
     saved = saved or ctx.grads
     if saved and _may_scale(ctx, saved, needed, grad_loss):
-        if not _autograd.keeps_graph():
-            ctx.grads = ()
-        return _autograd.scaled(saved, grad_loss, ctx.owned)
+        scaled = _autograd.scaled(saved, grad_loss, ctx.owned)
+        if scaled is not None:
+            if not _autograd.keeps_graph():
+                ctx.grads = ()
+            return scaled
     return run(  # type: ignore[no-any-return]
         grad_loss, input, linear_weight, target, linear_bias, weight, stats, *ctx.options, *needed
     )
