@@ -130,6 +130,38 @@ def test_values_and_gradients_match_the_truth(dtype, shape, probabilities, reduc
         assert actual <= stock + TOLERANCES[dtype] * norm, result
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("features", [20, 300, 784])
+@pytest.mark.parametrize("classes", [1, 2, 5, 10, 11, 16])
+def test_few_classes_in_any_batch(threads, classes, features, dtype):
+    """A row's loss and gradient have the same bits; its logits may be dot products, or not."""
+    input, target = torch.randn(300, features, dtype=dtype), torch.randint(classes, (300,))
+    weight = torch.randn(classes, features + 3, dtype=dtype)[:, 1:-2]  # rows that begin anywhere
+    bias, upstream = torch.randn(2 * classes, dtype=dtype)[::2], torch.randn(300, dtype=dtype)
+
+    def run(first, count):
+        part = slice(first, first + count)
+        with torchext.use_backend("native"):
+            return gradients(
+                lambda leaves: torchext.linear_cross_entropy(
+                    leaves[0], weight, target[part], linear_bias=bias, reduction="none"
+                ),
+                (input[part],),
+                upstream[part],
+            )
+
+    whole = run(0, 300)
+    truth = F.cross_entropy(
+        F.linear(input.double(), weight.double(), bias.double()), target, reduction="none"
+    )
+    torch.testing.assert_close(whole[0].double(), truth, rtol=2e-5, atol=2e-5)
+    for count, first in product((1, 3), (0, 130, 297)):
+        torch.set_num_threads(count)
+        for rows in (1, 3):
+            for actual, expected in zip(run(first, rows), whole, strict=True):
+                assert torch.equal(actual, expected[first : first + rows])
+
+
 def test_chunks_of_rows_give_what_one_chunk_gives():
     # 40,000 classes in float64: 256 rows a chunk, so that 600 rows are three, the last one short.
     input = torch.randn(600, 4, dtype=torch.float64)
