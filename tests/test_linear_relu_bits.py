@@ -136,8 +136,10 @@ def test_few_rows_have_the_gradients_of_many(
     threads: None, dtype: torch.dtype, inner: int, columns: int
 ) -> None:
     """Of the input: 1000 and 2500 numbers are no whole panels, 300 steps are two sums."""
-    if dtype.itemsize == 2 and columns == 300 and not _native.own_products(dtype):
-        columns = 70  # few enough to be our own products everywhere
+    if dtype.itemsize == 2 and not _native.own_products(dtype):
+        columns = min(columns, 70)  # few enough to be our own products, or pairs
+        if dtype == torch.bfloat16 and (columns % 2 or not _native.multiplies_pairs()):
+            inner = min(inner, 2**18 // (9 * columns))  # those of more are the library's
     weight, upstream = torch.randn(columns, inner).to(dtype), torch.randn(9, columns).to(dtype)
 
     def gradient(rows: slice) -> Tensor:
