@@ -12,9 +12,9 @@
 namespace torchext::cpu {
 
 constexpr int64_t kClassesPerSum = 256;
-// Exponentials that are summed by themselves, before what their sum's sum is rounded by is kept. Of
-// 400 classes the gradient of one that is nearly certain was up to 3e-7 off with sums of 256, up to
-// 1.2e-7 so (2.4e-7 in torch).
+// Exponentials that are summed by themselves. Such sums are added up, and what that is rounded by
+// is kept. Of 400 classes the gradient of one that is nearly certain was up to 3e-7 off with sums
+// of 256, up to 1.2e-7 so (2.4e-7 in torch; 6,000 runs).
 constexpr int64_t kClassesPerExactSum = 16;
 
 // Element c of the tile's first position, and what separates the classes.

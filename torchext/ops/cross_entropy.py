@@ -182,6 +182,7 @@ def cross_entropy(
                     and 16 * rows <= logits
                     and rows <= _ROWS
                     and input.dtype is _FLOAT32
+                    and input.is_cpu
                     and input.dim() == 2
                     and (reduction == "none" or not (input.requires_grad and _grad_enabled()))
                 )
