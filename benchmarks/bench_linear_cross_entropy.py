@@ -48,7 +48,8 @@ class LinearCrossEntropy(Op):
             classes = (8000, 32000, _GPU_HEAD[1])
             return [Case(self.name, (8192, _GPU_HEAD[0], count), "bfloat16") for count in classes]
         classes = (2000, 8000, 32000, 128000) if full else (2000, 8000, 32000)
-        return [Case(self.name, (*_LARGE[:2], count)) for count in classes]
+        cases = [Case(self.name, (*_LARGE[:2], count)) for count in classes]
+        return [*cases, Case(self.name, _BASE)]
 
     def tiny(self) -> Case:
         return Case(self.name, (1, 8, 8))

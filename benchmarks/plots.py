@@ -156,6 +156,11 @@ def _bar(
 def memory_plot(results: Results) -> Figure | None:
     """Peak memory against the size that drives it."""
     rows = [row for row in results.memory if row.peak_mib is not None and row.plot_size]
+    if not rows:
+        return None
+    op = suites.op(results.suite)
+    case = _case_but(rows[0], op.memory_axis)  # at several sizes
+    rows = [row for row in rows if _case_but(row, op.memory_axis) == case]
     if len({row.plot_size for row in rows}) < 2:
         return None
     figure = Figure(figsize=(8, 5), layout="constrained")
@@ -167,7 +172,6 @@ def memory_plot(results: Results) -> Figure | None:
         sizes = [row.plot_size or 0 for row in own]
         label = "gradients alone" if name == "limit" else name
         axes.plot(sizes, [row.peak_mib or 0 for row in own], label=label, **_style(own[0]))
-    op = suites.op(results.suite)
     sizes = sorted({row.plot_size or 0 for row in rows})
     axes.set_xscale("log")
     axes.set_yscale("symlog", linthresh=1, linscale=0.3)
@@ -177,7 +181,6 @@ def memory_plot(results: Results) -> Figure | None:
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
     axes.set_xlabel(op.memory_label)
     axes.set_ylabel("peak memory above the inputs, MiB")
-    case = _case_but(rows[0], op.memory_axis)
     _finish(axes, f"{results.suite} {case}: peak memory", results)
     _legend_below(figure, axes)
     return figure

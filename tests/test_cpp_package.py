@@ -24,6 +24,18 @@ def documented(language, holding=""):
     return block
 
 
+def app():
+    """The documented program, and in it the call that is documented for itself."""
+    program, call = documented("cpp", "int main"), documented("cpp", "LossExtras")
+    inputs = (
+        "const auto features = torch::rand({100, 64}), weight = torch::rand({32, 64}),\n"
+        "  target = torch::randint(32, {100}, torch::kLong);\n"
+    )
+    checks = "if (!loss.defined() || !lse.defined() || argmax.defined()) return 1;\n"
+    assert program.endswith("}\n")
+    return f"{program[:-2]}{{{inputs}{call}{checks}}}}}\n"
+
+
 def check_app(program):
     assert re.fullmatch(r"2\.\d+ .*torchext::.*CrossEntropyFunction.*\n", run(program))
 
@@ -48,7 +60,7 @@ def wheel_site(tmp_path_factory):
 def test_cmake_project_with_the_wheel(wheel_site, tmp_path):
     """The documented project and command, where torchext is installed from a wheel."""
     need_tools()
-    (tmp_path / "app.cpp").write_text(documented("cpp"))
+    (tmp_path / "app.cpp").write_text(app())
     (tmp_path / "CMakeLists.txt").write_text(documented("cmake"))
     prefixes = re.search(
         r'-DCMAKE_PREFIX_PATH="\$\(.*?\)"', documented("sh", "cmake -B"), re.DOTALL
@@ -62,7 +74,7 @@ def test_cmake_project_with_the_wheel(wheel_site, tmp_path):
 
 def test_plain_compiler_line(tmp_path):
     need_tools()
-    (tmp_path / "app.cpp").write_text(documented("cpp"))
+    (tmp_path / "app.cpp").write_text(app())
     run("sh", "-e", "-c", documented("sh", "g++ "), cwd=tmp_path)
     check_app(tmp_path / "app")
 

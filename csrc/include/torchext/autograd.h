@@ -6,5 +6,6 @@
 #pragma once
 
 #include <torchext/ops/cross_entropy.h>
+#include <torchext/ops/cross_entropy_extras.h>
 #include <torchext/ops/linear_cross_entropy.h>
 #include <torchext/ops/linear_relu.h>

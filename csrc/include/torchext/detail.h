@@ -10,6 +10,7 @@
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/csrc/autograd/graph_task.h>
 
+#include <cmath>
 #include <initializer_list>
 #include <optional>
 #include <utility>
@@ -79,6 +80,7 @@ inline bool wants_reference(const at::Tensor& grad_output) {
 template <typename Function>
 variable_list reference_gradients(const Function& function, variable_list tensors,
                                   const std::vector<bool>& needed, const at::Tensor& grad_output) {
+  const bool differentiable = at::GradMode::is_enabled();
   const at::AutoGradMode enable_grad(true);
   variable_list wanted;
   for (size_t i = 0; i < tensors.size(); ++i) {
@@ -90,9 +92,26 @@ variable_list reference_gradients(const Function& function, variable_list tensor
                                               /*retain_graph=*/true, /*create_graph=*/true);
   variable_list grads(tensors.size());
   for (size_t i = 0, next = 0; i < tensors.size(); ++i) {
-    if (needed[i]) grads[i] = std::move(found[next++]);
+    if (needed[i]) grads[i] = differentiable ? found[next++] : found[next++].detach();
   }
   return grads;
+}
+
+// As the sums of a loss are: float32 of float16 and bfloat16.
+inline at::Tensor in_sums(const at::Tensor& tensor) {
+  const bool narrow = tensor.scalar_type() == at::kHalf || tensor.scalar_type() == at::kBFloat16;
+  return narrow ? tensor.to(at::kFloat) : tensor;
+}
+
+// Whether gradients of a dtype that were computed for a gradient of 1 may be multiplied by that of
+// the loss: 0 times an infinity or a NaN is not stock's 0, and bfloat16 is rounded twice but by a
+// power of two. On a GPU it may be: to look at the factor is to wait for it.
+inline bool may_scale(const at::Tensor& grad_loss, at::ScalarType dtype) {
+  if (!grad_loss.is_cpu()) return true;
+  const double value = grad_loss.item<double>();
+  int exponent = 0;
+  const double fraction = std::abs(std::frexp(value, &exponent));
+  return std::isfinite(value) && (dtype != at::kBFloat16 || fraction == 0.5 || fraction == 0.0);
 }
 
 // Multiplies gradients that were computed for a gradient of 1: in place where backward cannot come
@@ -102,6 +121,7 @@ inline void scale(const at::Tensor& grad_loss, std::initializer_list<at::Tensor*
   const bool keep = torch::autograd::get_current_graph_task_keep_graph();
   if (!keep && grad_loss.is_cpu() && grad_loss.item<double>() == 1.0) return;
   for (at::Tensor* gradient : gradients) {
+    if (!gradient->defined()) continue;
     if (keep) {
       *gradient = *gradient * grad_loss;
     } else {

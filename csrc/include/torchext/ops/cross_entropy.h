@@ -65,7 +65,7 @@ class CrossEntropyFunction : public torch::autograd::Function<CrossEntropyFuncti
     const at::Tensor &input = saved[0], &target = saved[1], &weight = saved[2];
     const auto [reduction, ignore_index, label_smoothing, one_pass] =
         context->saved_data["options"].to<Options>();
-    if (wants_reference(grad_loss)) {
+    if (wants_reference(grad_loss) || (one_pass && !may_scale(grad_loss, at::kFloat))) {
       const auto definition = [&, reduction = reduction, ignore_index = ignore_index,
                                label_smoothing = label_smoothing](const variable_list& tensors) {
         return cross_entropy_reference(tensors[0], target, weight, reduction, ignore_index,

@@ -5,7 +5,6 @@
 // Siblings: torchext/ops/linear_cross_entropy.py, csrc/ops/linear_cross_entropy.cpp, tests/cpp/.
 #pragma once
 
-#include <cmath>
 #include <cstdint>
 #include <optional>
 #include <tuple>
@@ -35,20 +34,37 @@ inline const auto& linear_cross_entropy_backward() {
   return op;
 }
 
+// (N, C), or (N, C, d1, ..., dK) of a linear_weight (C, d1, ..., dK, H).
+inline at::Tensor whole_logits(const at::Tensor& input, const at::Tensor& linear_weight,
+                               const at::Tensor& linear_bias) {
+  if (linear_weight.dim() <= 2) return at::linear(input, linear_weight, if_defined(linear_bias));
+  std::vector<int64_t> sizes = input.sizes().slice(0, input.dim() - 1).vec();
+  const at::IntArrayRef inner = linear_weight.sizes().slice(0, linear_weight.dim() - 1);
+  sizes.insert(sizes.end(), inner.begin(), inner.end());
+  TORCH_CHECK(
+      !linear_bias.defined() || linear_bias.sizes() == inner,
+      "linear_cross_entropy: expected linear_bias of linear_weight's shape without its last "
+      "dimension, ",
+      inner, ", but got ", linear_bias.sizes());
+  const at::Tensor flat_bias = linear_bias.defined() ? linear_bias.flatten() : linear_bias;
+  return at::linear(input, linear_weight.flatten(0, -2), if_defined(flat_bias)).view(sizes);
+}
+
 inline at::Tensor linear_cross_entropy_reference(const at::Tensor& input,
                                                  const at::Tensor& linear_weight,
                                                  const at::Tensor& target,
                                                  const at::Tensor& linear_bias,
                                                  const at::Tensor& weight, int64_t reduction,
                                                  int64_t ignore_index, double label_smoothing) {
-  return cross_entropy_reference(at::linear(input, linear_weight, if_defined(linear_bias)), target,
-                                 weight, reduction, ignore_index, label_smoothing);
+  return cross_entropy_reference(whole_logits(input, linear_weight, linear_bias), target, weight,
+                                 reduction, ignore_index, label_smoothing);
 }
 
-// The operator's loss has the dtype of its sums.
-inline at::Tensor in_sums(const at::Tensor& tensor) {
-  const bool narrow = tensor.scalar_type() == at::kHalf || tensor.scalar_type() == at::kBFloat16;
-  return narrow ? tensor.to(at::kFloat) : tensor;
+inline void check_leading(const char* op, const at::Tensor& input, const at::Tensor& target) {
+  const at::IntArrayRef leading = input.sizes().slice(0, input.dim() - 1);
+  TORCH_CHECK(target.sizes() == leading, op,
+              ": expected target of input's shape without its last dimension, ", leading,
+              ", but got ", target.sizes());
 }
 
 // Where the loss is one number, forward makes the gradients with it, a chunk of rows at a time.
@@ -96,14 +112,14 @@ class LinearCrossEntropyFunction : public torch::autograd::Function<LinearCrossE
     if (wants_reference(grad_loss)) {
       const auto definition = [&, reduction = reduction, ignore_index = ignore_index,
                                label_smoothing = label_smoothing](const variable_list& tensors) {
-        const at::Tensor logits = at::linear(tensors[0], tensors[1], if_defined(tensors[2]));
+        const at::Tensor logits = whole_logits(tensors[0], tensors[1], tensors[2]);
         return cross_entropy_reference(in_sums(logits), in_sums(target),
                                        weight.defined() ? in_sums(weight) : weight, reduction,
                                        ignore_index, label_smoothing);
       };
       found =
           reference_gradients(definition, {input, linear_weight, linear_bias}, needed, grad_loss);
-    } else if (one_pass && (input.scalar_type() != at::kBFloat16 || is_power_of_two(grad_loss))) {
+    } else if (one_pass && may_scale(grad_loss, input.scalar_type())) {
       found = {saved[6], saved[7], saved[8]};
       scale(grad_loss, {&found[0], &found[1], &found[2]});
     } else {
@@ -118,14 +134,6 @@ class LinearCrossEntropyFunction : public torch::autograd::Function<LinearCrossE
     if (needed[2]) grads[3] = std::move(found[2]);
     return grads;
   }
-
- private:
-  // Whether multiplying by the loss's gradient is exact.
-  static bool is_power_of_two(const at::Tensor& grad_loss) {
-    int exponent = 0;
-    const double fraction = std::abs(std::frexp(grad_loss.item<double>(), &exponent));
-    return fraction == 0.5 || fraction == 0.0;
-  }
 };
 
 }  // namespace detail
@@ -133,7 +141,9 @@ class LinearCrossEntropyFunction : public torch::autograd::Function<LinearCrossE
 // The cross-entropy of logits = input @ linear_weight.T + linear_bias that never exist as a whole.
 //
 // input (H) or (*, H); linear_weight (C, H); target class indices (*), or probabilities (N, C);
-// linear_bias (C) or undefined; the rest as in cross_entropy.
+// linear_bias (C) or undefined; the rest as in cross_entropy. Or input (N, H); linear_weight
+// (C, d1, ..., dK, H); target (N, d1, ..., dK) or (N, C, d1, ..., dK); linear_bias
+// (C, d1, ..., dK).
 inline at::Tensor linear_cross_entropy(const at::Tensor& input, const at::Tensor& linear_weight,
                                        const at::Tensor& target, const at::Tensor& linear_bias = {},
                                        const at::Tensor& weight = {},
@@ -141,20 +151,30 @@ inline at::Tensor linear_cross_entropy(const at::Tensor& input, const at::Tensor
                                        int64_t ignore_index = -100, double label_smoothing = 0.0) {
   using namespace detail;
   if (input.dim() > 2) {
-    const at::IntArrayRef leading = input.sizes().slice(0, input.dim() - 1);
-    TORCH_CHECK(target.sizes() == leading,
-                "linear_cross_entropy: expected target of input's shape without its last "
-                "dimension, ",
-                leading, ", but got ", target.sizes());
+    check_leading("linear_cross_entropy", input, target);
     const at::Tensor loss =
         linear_cross_entropy(input.flatten(0, -2), linear_weight, target.flatten(), linear_bias,
                              weight, reduction, ignore_index, label_smoothing);
-    return reduction == at::Reduction::None ? loss.view(leading) : loss;
+    return reduction == at::Reduction::None ? loss.view(target.sizes()) : loss;
+  }
+  // Two inner dimensions and more are as one.
+  const int64_t inner = linear_weight.dim() - 2, class_dims = target.is_floating_point() ? 1 : 0;
+  if (inner > 1 && target.dim() == 1 + class_dims + inner &&
+      target.sizes().slice(1 + class_dims) == linear_weight.sizes().slice(1, inner) &&
+      (!linear_bias.defined() ||
+       linear_bias.sizes() == linear_weight.sizes().slice(0, 1 + inner))) {
+    std::vector<int64_t> sizes = target.sizes().vec();
+    if (class_dims == 1) sizes.erase(sizes.begin() + 1);
+    const at::Tensor flat_bias = linear_bias.defined() ? linear_bias.flatten(1) : linear_bias;
+    const at::Tensor loss =
+        linear_cross_entropy(input, linear_weight.flatten(1, -2), target.flatten(1 + class_dims),
+                             flat_bias, weight, reduction, ignore_index, label_smoothing);
+    return reduction == at::Reduction::None ? loss.view(sizes) : loss;
   }
   if (!serves(linear_cross_entropy_forward(), input) ||
       !serves_target(input, target, weight, ignore_index) || input.dim() != 2 ||
-      linear_weight.dim() != 2 || linear_weight.numel() == 0 || !is_plain(linear_weight, input) ||
-      !is_plain_or_undefined(linear_bias, input)) {
+      (linear_weight.dim() != 2 && (inner != 1 || !input.is_cpu())) || linear_weight.numel() == 0 ||
+      !is_plain(linear_weight, input) || !is_plain_or_undefined(linear_bias, input)) {
     return linear_cross_entropy_reference(input, linear_weight, target, linear_bias, weight,
                                           reduction, ignore_index, label_smoothing);
   }
