@@ -152,6 +152,23 @@ def test_nothing_waits_for_the_device() -> None:
         torch.cuda.set_sync_debug_mode("default")
 
 
+@pytest.mark.parametrize("classes", [1000, 128256, 600001])
+@pytest.mark.parametrize("inplace", [False, True])
+def test_a_row_is_read_once_for_its_gradient(inplace: bool, classes: int) -> None:
+    """Made with the loss, multiplied in its own memory; in the logits' place where that is asked."""
+    leaf = torch.randn(5, classes, requires_grad=True)
+    logits, target = leaf * 1, torch.randint(classes, (5,))
+    before, upstream = torch.cuda.memory_allocated(), torch.randn(())
+    loss = torchext.cross_entropy(logits, target, inplace_backward=inplace)
+    made = torch.cuda.memory_allocated() - before > 4 * leaf.numel() // 2
+    assert made == (not inplace and classes < 600001)  # a longer one is read again, in backward
+    (found,) = torch.autograd.grad(loss, logits, upstream)
+    assert (found.data_ptr() == logits.data_ptr()) == inplace
+    truth = F.cross_entropy(leaf.double(), target)
+    close(loss, truth, "loss")
+    close(found, torch.autograd.grad(truth, leaf, upstream.double())[0].double(), "gradient")
+
+
 def test_a_graph_captures_forward_and_backward() -> None:
     inputs = network()
     stream = torch.cuda.Stream()

@@ -18,6 +18,9 @@ import torch
 import torch.nn.functional as F
 from cuda_cases import INF, LAYOUTS, NAN, TOLERANCE, check, check_borders, close, make, shifted
 
+from torchext import _triton
+from torchext.ops import cross_entropy_gpu
+
 
 @pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -67,6 +70,34 @@ def test_empty(emulated: Callable[..., Any]) -> None:
     assert loss.shape == (0,)
     rest = (stats, 0, -100, 0.1)
     assert emulated("cross_entropy_backward", loss, x, target, None, *rest).shape == (0, 9)
+
+
+@pytest.mark.parametrize("clusters", [True, False])
+@pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
+def test_which_rows_stay_in_registers(
+    emulated: Callable[..., Any],
+    clusters: bool,
+    dtype: torch.dtype,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Python's rule is the kernels' own."""
+    monkeypatch.setattr(cross_entropy_gpu, "_blocks_of_a_row", lambda device: 8 if clusters else 1)
+    monkeypatch.setattr(_triton, "missing", lambda: "")
+    if not clusters:
+        monkeypatch.setenv("TORCHEXT_EMULATED_NO_CLUSTERS", "1")
+    found = set()
+    for power in range(9, 20):
+        for classes in (1 << power, (1 << power) + 8, (1 << power) + 1):
+            for x in (torch.empty(2, classes, dtype=dtype), shifted(2, classes).to(dtype)):
+                target = torch.zeros(2, dtype=torch.long)
+                for smoothing in (0.0, 0.1):
+                    ours = cross_entropy_gpu.stays_in_registers(x, smoothing > 0)
+                    kernels = torch.ops.torchext_emulated.stays_in_registers(x, target, smoothing)
+                    assert ours == kernels, (classes, x.stride(), smoothing)
+                    found.add(ours)
+    assert found == {True, False}
+    assert not cross_entropy_gpu.stays_in_registers(torch.empty(2, 9, 4, dtype=dtype), False)
+    assert not cross_entropy_gpu.stays_in_registers(torch.empty(9, 2, dtype=dtype).t(), False)
 
 
 @pytest.mark.parametrize("clusters", [True, False])

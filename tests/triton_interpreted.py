@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from torchext.triton_kernels import (
 
 import torchext
 from torchext import _backend, _triton, reference
-from torchext.ops import extras_chunks
+from torchext.ops import cross_entropy_gpu, extras_chunks
 from torchext.testing import assert_drop_in
 
 OPS = torch.ops.torchext_triton
@@ -239,6 +240,39 @@ def test_the_gradient_in_the_place_of_the_logits(shape: tuple[int, ...]) -> None
             results.append((loss.detach(), torch.autograd.grad(loss, leaf)[0]))
     assert torch.equal(results[0][0], results[1][0])
     torch.testing.assert_close(results[0][1], results[1][1])
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+def test_what_serves_the_cuda_library(monkeypatch: pytest.MonkeyPatch, inplace: bool) -> None:
+    """The library's operators by their CPU kernels, which serve as well.
+
+    Gradients are multiplied in their own memory, or the logits', and nobody looks at the factor.
+    """
+    op = sys.modules["torchext.ops.cross_entropy"]
+    made: list[int] = []
+
+    def setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        made[:] = [output[2].data_ptr()]
+        op._setup_context(ctx, inputs, output)
+
+    monkeypatch.setattr(cross_entropy_gpu, "_blocks_of_a_row", lambda device: 8)
+    call = cross_entropy_gpu.library(setup, op._backward, op.inplace, op.apart, "CPU")
+    leaf = logits_for((33, 300)).requires_grad_()
+    target = target_for(leaf)
+    for code, reduction in ((1, "mean"), (2, "sum"), (0, "none")):
+        truth = F.cross_entropy(leaf, target, reduction=reduction, label_smoothing=0.1)
+        upstream = torch.randn_like(truth)
+        exact = torch.autograd.grad(truth, leaf, upstream)[0]
+        logits = leaf + 0
+        with monkeypatch.context() as patch:
+            patch.setattr(Tensor, "item", lambda _: pytest.fail("the host looked"))
+            loss = call(logits, target, None, code, -100, 0.1, inplace)
+            assert inplace == (not torch.equal(logits, leaf)) or code == 0
+            (found,) = torch.autograd.grad(loss, logits, upstream)
+        torch.testing.assert_close(loss, truth)
+        torch.testing.assert_close(found, exact, rtol=1e-5, atol=1e-7)
+        if code:
+            assert found.data_ptr() == (logits.data_ptr() if inplace else made[0])
 
 
 def test_one_pass_and_two_give_the_same() -> None:

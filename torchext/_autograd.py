@@ -82,6 +82,15 @@ def eager(
     return fast_apply(function)
 
 
+def with_kernel(backward: Backward, kernel: OpOverload) -> Backward:
+    """Returns the formula with that backward kernel: ``backward(..., kernel=...)`` takes it."""
+
+    def by_kernel(ctx: Any, *grads: Tensor | None) -> Any:
+        return backward(ctx, *grads, kernel=kernel)
+
+    return by_kernel
+
+
 def keeps_graph() -> bool:
     """Whether backward may come through this graph again."""
     return torch._C._autograd._get_current_graph_task_keep_graph()

@@ -113,7 +113,10 @@ def _statistics(call: Call, losses: Tensor, stats: Tensor | None) -> None:
     )  # fmt: skip
     if partials is None:
         return
-    block_p = 32
+    block_s = triton.next_power_of_2(slices)
+    block_p = max(
+        1, min(32, TILE_ELEMENTS // block_s)
+    )  # all of a position's slices are in one tile
     blocks = triton.cdiv(call.inner, block_p)
     common.launch(
         cross_entropy_merge_kernel,
@@ -123,7 +126,7 @@ def _statistics(call: Call, losses: Tensor, stats: Tensor | None) -> None:
         call.inner, blocks, *sizes, *call.input_strides,
         **call.constants,
         DENSE=call.probabilities is not None or call.smoothing > 0,
-        BLOCK_S=triton.next_power_of_2(slices),
+        BLOCK_S=block_s,
         BLOCK_P=block_p,
     )  # fmt: skip
 

@@ -98,7 +98,12 @@ bool all_aligned(const CrossEntropyArgs& args, Dtype dtype) {
 
 }  // namespace
 
-int largest_cluster(int device) { return has_clusters(device) ? kPortableCluster : 1; }
+int largest_cluster(int device) {
+  if (!has_clusters(device)) return 1;
+  // All kernels are compiled for the same devices.
+  static const bool known = knows_clusters(cross_entropy_block_kernel<float, true, false>);
+  return known ? kPortableCluster : 1;
+}
 
 RowPlan plan_rows(const CrossEntropyArgs& args, Dtype dtype, int largest_cluster) {
   const int bytes = item_bytes(dtype);

@@ -93,4 +93,11 @@ inline bool has_clusters(int device) {
   return cudaDeviceGetAttribute(&has, cudaDevAttrClusterLaunch, device) == cudaSuccess && has != 0;
 }
 
+// Whether a kernel knows of clusters: one for older devices, translated for this one, does not.
+template <typename... Parameters>
+bool knows_clusters(void (*kernel)(Parameters...)) {
+  cudaFuncAttributes attributes{};
+  return cudaFuncGetAttributes(&attributes, kernel) == cudaSuccess && attributes.ptxVersion >= 90;
+}
+
 }  // namespace torchext::cuda

@@ -24,7 +24,7 @@ from torch.nn import _reduction
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from torchext import _autograd, _backend, _errors, _native, reference
-from torchext.ops import cross_entropy_fake, cross_entropy_triton
+from torchext.ops import cross_entropy_fake, cross_entropy_gpu
 from torchext.ops import extras as with_extras
 from torchext.ops.cross_entropy_inplace import apart, inplace
 from torchext.ops.extras import Extras
@@ -262,13 +262,12 @@ def _unusual(
         input = _backend.cast(input, torch.float32)
         target = _backend.cast(target, torch.float32)
         weight = None if weight is None else _backend.cast(weight, torch.float32)
-    code = _REDUCTIONS[reduction]
+    arguments = (input, target, weight, _REDUCTIONS[reduction], ignore_index, label_smoothing)
     if place == _backend.TRITON:
-        options = (code, ignore_index, label_smoothing)
-        return _triton_call(input, target, weight, *options, inplace_backward)
-    return torch.ops.torchext.cross_entropy_forward(  # type: ignore[no-any-return]
-        input, target, weight, code, ignore_index, label_smoothing, False
-    )[0]
+        return _triton_call(*arguments, inplace_backward)
+    if not input.is_cpu:
+        return _cuda_call(*arguments, inplace_backward)
+    return torch.ops.torchext.cross_entropy_forward(*arguments, False)[0]  # type: ignore[no-any-return]
 
 
 def _plain(input: Tensor, target: Tensor, weight: Tensor | None) -> bool:
@@ -394,5 +393,6 @@ if not _native.cpu_missing:
     _differentiable = _autograd.define(
         torch.ops.torchext.cross_entropy_forward.default, _setup_context, _backward
     )
+    _cuda_call = cross_entropy_gpu.library(_setup_context, _backward, inplace, apart)
 
-_triton_call = cross_entropy_triton.define(_setup_context, _backward, inplace, apart)
+_triton_call = cross_entropy_gpu.triton(_setup_context, _backward, inplace, apart)

@@ -32,7 +32,7 @@ def triton(
     """
     forward_op, forward = _triton.register(_OP, "linear_cross_entropy_forward", fakes.forward)
     backward_op, _ = _triton.register(_OP, "linear_cross_entropy_backward", fakes.backward)
-    by_triton = _with_kernel(backward, backward_op)
+    by_triton = _autograd.with_kernel(backward, backward_op)
     differentiable = _autograd.define(forward_op, setup_context, by_triton, forward)
 
     def in_backward(*tensors: Tensor) -> bool:
@@ -59,7 +59,7 @@ def library(
         device: whose kernels.
     """
     run = _autograd.kernel(forward_op, device)
-    by_library = _with_kernel(backward, backward_op)
+    by_library = _autograd.with_kernel(backward, backward_op)
     differentiable = _autograd.eager(forward_op, setup_context, by_library, run)
     return _call(forward_op, run, differentiable, lambda *_: False)
 
@@ -67,13 +67,6 @@ def library(
 def library_takes(input: Tensor, linear_weight: Tensor, weight: Tensor | None) -> bool:
     """Whether the library's kernels take what the CPU's do: no inner dimension, no wide weight."""
     return linear_weight.dim() <= 2 and (weight is None or weight.dtype == input.dtype)
-
-
-def _with_kernel(backward: _autograd.Backward, kernel: OpOverload) -> _autograd.Backward:
-    def by_kernel(ctx: Any, *grads: Tensor | None) -> Any:
-        return backward(ctx, *grads, kernel=kernel)
-
-    return by_kernel
 
 
 def _call(

@@ -95,4 +95,9 @@ cudaError_t launch(void (*kernel)(Parameters...), int64_t blocks, int threads, i
 
 bool has_clusters(int device);
 
+template <typename... Parameters>
+bool knows_clusters(void (*)(Parameters...)) {
+  return true;
+}
+
 }  // namespace torchext::cuda
