@@ -60,7 +60,7 @@ compile-triton: setup build/triton-oldest/stamp  ## compile every Triton kernel 
 
 # The machine's own python3, torch, nvcc and Triton: such a machine may have no network.
 gpu-check:  ## on a machine with a GPU: build, all tests on CUDA, benchmarks, into OUT=dir
-	$(PYTHON) scripts/gpu_check.py --out "$(or $(OUT),runs/gpu-check)"
+	$(PYTHON) scripts/gpu_check.py --out "$(or $(OUT),runs/gpu-check)" $(ARGS)
 
 wheel: setup  ## build the abi3 wheel into dist/
 	$(BIN)/pip wheel --quiet --no-build-isolation --no-deps -w dist .

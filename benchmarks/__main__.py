@@ -156,8 +156,10 @@ def _measure(words: Sequence[str]) -> int:
         interrupted = _run(suite, settings, results)
         results.finish()
         print("\n".join(["", f"## {suite.name}", "", *report.suite_lines(results)]), flush=True)
-        if interrupted:
-            print(f"{suite.name} is not saved: it is not complete", file=sys.stderr)
+        if interrupted:  # where no report and no comparison takes it for a whole run
+            unfinished = folder / "interrupted" / f"{suite.name}.json"
+            save(results, unfinished)
+            print(f"{suite.name} is not complete: {unfinished}", file=sys.stderr)
             raise KeyboardInterrupt
         save(results, folder / f"{suite.name}.json")
         faults += sum(row.role == "ours" and row.status != "ok" for row in results.rows)
@@ -170,10 +172,11 @@ def _run(suite: suites.Suite, settings: Settings, results: Results) -> bool:
     op = suite.op if isinstance(suite, suites.OpSuite) else None
     total = suite.steps(settings) + (memory.steps(op, settings) if op else 0)
     close, progress = _progress(total, suite.name)
+    end = time.monotonic() + (settings.budget or math.inf)
     try:
         suite.run(settings, results.rows, progress)
         if op is not None:
-            memory.measure(suite.name, op, settings, results.memory, progress)
+            memory.measure(suite.name, op, settings, results.memory, progress, end)
     except KeyboardInterrupt:
         return True
     finally:

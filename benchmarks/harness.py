@@ -141,6 +141,8 @@ def warm_up(task: Task, calls: int = _WARM_UP_CALLS) -> float:
             begin = time.perf_counter()
             for item in items:
                 task.run(item)
+            if torch.cuda.is_initialized():  # a GPU's work is not over where its launch is
+                torch.cuda.synchronize()
             elapsed_ms = 1e3 * (time.perf_counter() - begin)
         if number and elapsed_ms > _LONG_CALL_MS:
             break

@@ -11,9 +11,11 @@ from __future__ import annotations
 import ctypes
 import gc
 import json
+import math
 import resource
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -39,6 +41,7 @@ def measure(
     settings: Settings,
     rows: list[Row],
     progress: Callable[[str], object],
+    end: float = math.inf,
 ) -> None:
     """Measures the peak memory of an op's providers, each in a process of its own on the CPU.
 
@@ -48,6 +51,7 @@ def measure(
         settings: what to measure.
         rows: gets the rows.
         progress: called with the name of what comes next.
+        end: of `time.monotonic`, after which the rest is left out.
     """
     for case in cases_of(op, settings):
         for provider in providers_of(op):
@@ -63,6 +67,9 @@ def measure(
                 plot_size=float(case.shape[op.memory_axis]),
             )  # fmt: skip
             rows.append(row)
+            if time.monotonic() > end:
+                row.fail("skipped", f"the suite's {settings.budget:.0f} s were over")
+                continue
             if provider.role == "limit":
                 row.version = "the gradients alone"
                 row.peak_mib, row.status = _gradients(op, case) / _MIB, "ok"

@@ -89,6 +89,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         metafunc.parametrize("device", devices(), indirect=True)
 
 
+@pytest.hookimpl(trylast=True)  # what -k leaves out is not drawn
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Leaves out what has no backend, with --backend, and what is not drawn, with --sample."""
     kept = list(items)
@@ -138,6 +139,19 @@ def seed(request: pytest.FixtureRequest) -> int:
     value = request.config.option.seed ^ zlib.crc32(request.node.nodeid.encode())
     torch.manual_seed(value)
     return int(value)
+
+
+@pytest.fixture
+def whole_sums() -> Iterator[None]:
+    """Lets stock on a GPU not round parts of its 16-bit numbers' long sums."""
+    matmul = torch.backends.cuda.matmul
+    names = [f"allow_{kind}_reduced_precision_reduction" for kind in ("bf16", "fp16")]
+    before = [getattr(matmul, name) for name in names]
+    for name in names:
+        setattr(matmul, name, False)
+    yield
+    for name, value in zip(names, before, strict=True):
+        setattr(matmul, name, value)
 
 
 @pytest.fixture

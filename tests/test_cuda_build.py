@@ -21,15 +21,25 @@ from torchext import _native
 ROOT = Path(__file__).resolve().parents[1]
 
 
-@pytest.fixture(scope="module")
-def compile_cuda() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("compile_cuda", ROOT / "scripts/compile_cuda.py")
+def script(name: str) -> ModuleType:
+    """A program of scripts/ as a module."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / f"scripts/{name}.py")
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    sys.modules["compile_cuda"] = module  # dataclasses look there
+    sys.modules[name] = module  # dataclasses look there
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(scope="module")
+def compile_cuda() -> ModuleType:
+    return script("compile_cuda")
+
+
+@pytest.fixture(scope="module")
+def gpu_check() -> ModuleType:
+    return script("gpu_check")
 
 
 def setup_says(**environment: str) -> str:
@@ -111,6 +121,50 @@ def test_the_compile_check_finds_faults(compile_cuda: Any) -> None:
     assert faults("relu_mask_kernel<float, false>", "sm_80") == []
     assert faults("cross_entropy_stream_kernel<float, true>", "sm_80", 0, wide[0]) == []
     assert faults("relu_mask_kernel<double, true>", "sm_80", 8) == []  # reported alone
+
+
+def test_the_gpu_check_shares_its_time(
+    gpu_check: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What stages leave is for the later ones; the last may take all; none is left without."""
+    clock = [0.0]
+    monkeypatch.setattr(gpu_check.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(gpu_check.shutil, "which", lambda name: f"/usr/bin/{name}")
+    for took in (1.0, 0.25):  # of their limits
+        clock[0] = 0.0
+        check = gpu_check.Check(tmp_path)
+        limits: list[float] = []
+
+        def run(stage: Any, limit: float, took: float = took, limits: list[float] = limits) -> None:
+            limits.append(limit)
+            clock[0] += took * limit
+
+        monkeypatch.setattr(check, "run", run)
+        clock[0] += 150  # the build
+        stages = gpu_check.stages(check, "python3", "this", tmp_path)
+        check.run_all(stages)
+        assert [stage.part for stage in stages] == ["tests"] * 5 + ["benchmarks"] * 3
+        total = gpu_check.TOTAL_SECONDS - 150
+        assert sum(limits) == pytest.approx(total) if took == 1 else clock[0] < total
+        assert limits[-1] == pytest.approx(check.left() + took * limits[-1])
+        assert min(limits) > 15
+
+
+def test_a_stage_of_the_gpu_check(gpu_check: Any, tmp_path: Path) -> None:
+    check, Stage = gpu_check.Check(tmp_path), gpu_check.Stage
+    program = "import os, sys; print(sys.argv[1], os.environ['GIVEN'])"
+    command = [sys.executable, "-c", program, "{seconds}"]
+    check.run(Stage("one", "prints", command, 1, "tests", {"GIVEN": "here"}), 100)
+    assert (check.stages[0].status, check.stages[0].last_line) == ("passed", "85 here")
+    check.run(Stage("two", "sleeps", ["sleep", "30"], 1), 1)
+    assert check.stages[1].status == "out of time"
+    check.run(Stage("three", "fails", ["false"], 1), 10)
+    assert check.stages[2].status == "failed with exit code 1"
+    assert check.finish() == 1
+    names = [
+        stage["name"] for stage in json.loads((tmp_path / "summary.json").read_text())["stages"]
+    ]
+    assert names == ["one", "two", "three"]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a CUDA device is here")

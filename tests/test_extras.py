@@ -49,9 +49,9 @@ def truth(
     z = x * logit_scale
     z = z if softcap is None else softcap * torch.tanh(z / softcap)
     lse = z.exp().sum(1).log()
-    ones = torch.ones(x.shape[1], dtype=x.dtype) if weight is None else weight
+    ones = x.new_ones(x.shape[1]) if weight is None else weight
     if target.is_floating_point():
-        t, kept = target, torch.ones(len(x), dtype=x.dtype)
+        t, kept = target, x.new_ones(len(x))
         masses = kept
     else:
         kept = (target != -100).to(x.dtype)

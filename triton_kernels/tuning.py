@@ -3,19 +3,23 @@
 Triton's autotuner measures the configurations below at the first call of a shape (rows count by
 their power of two, so that the last batch of an epoch is not measured again), and keeps the result
 in memory and in Triton's cache on disk. That first call waits for the device. While a CUDA graph is
-captured nothing can be measured: a shape that is not known yet takes the first configuration.
+captured nothing can be measured: a shape that is not known yet takes the first configuration (so do
+all with TORCHEXT_TRITON_AUTOTUNE=0: results are the same, time is not).
 
 Within a dtype all configurations add up in the same steps: `Family.fixed`.
 """
 
 from __future__ import annotations
 
+import os
 from typing import Any, NamedTuple
 
 import torch
 import triton
 from torch import Tensor
 from torchext.triton_kernels.common import INTERPRETED
+
+_MEASURES = os.environ.get("TORCHEXT_TRITON_AUTOTUNE", "1") != "0"
 
 
 class Family(NamedTuple):
@@ -121,7 +125,9 @@ def choose(
         *(value for name, value in zip(names, arguments, strict=False) if name in family.key),
         *(argument is None for argument in arguments),
     )
-    if like.is_cuda and key not in _measured and torch.cuda.is_current_stream_capturing():
+    if key not in _measured and (
+        not _MEASURES or (like.is_cuda and torch.cuda.is_current_stream_capturing())
+    ):
         first = tuner.configs[0]
         return kernel, first.all_kwargs()
     _measured.add(key)
