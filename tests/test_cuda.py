@@ -155,7 +155,7 @@ def test_nothing_waits_for_the_device() -> None:
 @pytest.mark.parametrize("classes", [1000, 128256, 600001])
 @pytest.mark.parametrize("inplace", [False, True])
 def test_a_row_is_read_once_for_its_gradient(inplace: bool, classes: int) -> None:
-    """Made with the loss, multiplied in its own memory; in the logits' place where that is asked."""
+    """Made with the loss, multiplied in its own memory; in place where that is asked."""
     leaf = torch.randn(5, classes, requires_grad=True)
     logits, target = leaf * 1, torch.randint(classes, (5,))
     before, upstream = torch.cuda.memory_allocated(), torch.randn(())
