@@ -75,6 +75,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--passes", type=int, help="how often to go through all cases")
     add("--rounds", type=int, help="the fewest rounds in a pass")
     add("--cached", action="store_true", help="one input set: large inputs are not rotated")
+    add("--graphs", action="store_true", help="on a GPU, calls as a CUDA graph replays them")
     add("--no-memory", action="store_true", help="no measurement of peak memory")
     add("--no-plots", action="store_true")
     add("--output", type=Path, metavar="DIR",
@@ -96,6 +97,7 @@ def _settings(options: argparse.Namespace) -> Settings:
         device=options.device,
         memory=not options.no_memory,
         cached=options.cached,
+        graphs=options.graphs,
         budget=options.budget,
         providers=tuple(options.provider or ()),
         directions=tuple(options.direction or ()),
@@ -116,7 +118,7 @@ def _settings(options: argparse.Namespace) -> Settings:
 def _folder(settings: Settings) -> Path:
     """Where results go: what is not a suite's own set of cases must not take its place."""
     own = (settings.shapes, settings.directions, settings.dtypes, settings.providers)
-    if any(own) or settings.cached or not settings.memory:
+    if any(own) or settings.cached or settings.graphs or not settings.memory:
         return machine.ROOT / "runs" / "benchmarks"
     return machine.RESULTS / machine.name(settings.device)
 

@@ -302,6 +302,15 @@ def stages(check: Check, python: str, this: str, folder: Path) -> list[Stage]:
         else:
             command.append("--no-memory")
         result.append(Stage(f"benchmarks: {op}", what, command, share, "benchmarks"))
+    # Calls so short that Python would be what is measured.
+    command = [python, "-m", "benchmarks", "--device", "cuda", "--op", "cross_entropy",
+               "linear_relu", "--shapes", "16384x1000", "16384x8192", "4096x784x64",
+               "--dtype", "bfloat16", "float32", "--direction", "fwd", "fwd+bwd",
+               "--provider", "eager", "torchext", "limit", "--graphs", "--passes", "1",
+               "--seconds", "0.25", "--budget", "{seconds}", "--no-memory",
+               "--output", str(folder / "graphs")]  # fmt: skip
+    what = "short calls, as a CUDA graph replays them"
+    result.append(Stage("benchmarks: graphs", what, command, 0.06, "benchmarks"))
     return result
 
 

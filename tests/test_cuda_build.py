@@ -143,7 +143,7 @@ def test_the_gpu_check_shares_its_time(
         clock[0] += 150  # the build
         stages = gpu_check.stages(check, "python3", "this", tmp_path)
         check.run_all(stages)
-        assert [stage.part for stage in stages] == ["tests"] * 5 + ["benchmarks"] * 3
+        assert [stage.part for stage in stages] == ["tests"] * 5 + ["benchmarks"] * 4
         total = gpu_check.TOTAL_SECONDS - 150
         assert sum(limits) == pytest.approx(total) if took == 1 else clock[0] < total
         assert limits[-1] == pytest.approx(check.left() + took * limits[-1])
