@@ -15,7 +15,7 @@ from benchmarks import check, compare, harness, machine, memory, providers, read
 from benchmarks.__main__ import main
 from benchmarks.case import Case
 from benchmarks.harness import Settings
-from benchmarks.results import Results, Row
+from benchmarks.results import Results, Row, load_folder
 
 BRIEF = Settings(passes=1, seconds=0.0, least_rounds=3, most_rounds=3, sample_ms=0.01)
 CASES = {
@@ -336,3 +336,28 @@ def test_impossible_options_are_refused(capsys, words):
         words = "--shapes 7"
     assert main(words.split()) == 2
     assert "benchmarks: error:" in capsys.readouterr().err
+
+
+def test_what_was_measured_before_an_interruption_is_kept_apart(tmp_path, monkeypatch):
+    """Where it stands for no whole run, and takes no earlier one's place."""
+    folder = tmp_path / "results"
+    options = "--op linear_relu --shapes 1x8x8 4x8x8 --provider eager torchext --passes 1 "
+    brief = f"--seconds 0.01 --no-memory --no-plots --output {folder}"
+    assert main([*options.split(), *brief.split()]) == 0
+    whole = (folder / "linear_relu.json").read_text()
+    run, runs = harness.CaseRun.run, []
+
+    def interrupted(self):
+        runs.append(self)
+        if len(runs) == 2:
+            raise KeyboardInterrupt
+        run(self)
+
+    monkeypatch.setattr(harness.CaseRun, "run", interrupted)
+    assert main([*options.split(), *brief.split()]) == 130
+    assert (folder / "linear_relu.json").read_text() == whole
+    (kept,) = load_folder(folder / "interrupted")
+    states = {(row.size, row.provider): row.status for row in kept.rows}
+    assert states["1x8x8", "torchext"] == "ok"
+    assert ("4x8x8", "torchext") not in states
+    assert [results.suite for results in load_folder(folder)] == ["linear_relu"]
