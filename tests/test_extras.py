@@ -49,9 +49,10 @@ def truth(
     z = x * logit_scale
     z = z if softcap is None else softcap * torch.tanh(z / softcap)
     lse = z.exp().sum(1).log()
-    ones = x.new_ones(x.shape[1]) if weight is None else weight
+    like = {"dtype": x.dtype, "device": x.device}  # not new_ones: under vmap it is batched
+    ones = torch.ones(x.shape[1], **like) if weight is None else weight
     if target.is_floating_point():
-        t, kept = target, x.new_ones(len(x))
+        t, kept = target, torch.ones(len(x), **like)
         masses = kept
     else:
         kept = (target != -100).to(x.dtype)
