@@ -159,3 +159,33 @@ def test_upstream_gradients_of_a_subclass(call: Call) -> None:
         if function is call[0]:
             ours = parts
     torch.testing.assert_close(ours, parts)
+
+
+class _NoGradient(torch.autograd.Function):
+    """Passes no gradient on."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor) -> Tensor:
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> None:
+        return None
+
+
+def test_no_gradient_stays_none() -> None:
+    """Zeros in its place would be NaN where the tensors are."""
+    x, weight = torch.randn(200, 300), torch.randn(7, 300, requires_grad=True)
+    x[0, 0] = math.nan
+    x.requires_grad_()
+    target = torch.zeros(200, dtype=torch.long)
+    for output in (
+        torchext.linear_relu(x, weight),
+        torchext.cross_entropy(x * 1, target),
+        torchext.cross_entropy(x * 1, target, reduction="none"),
+        torchext.linear_cross_entropy(x, weight, target),
+        torchext.linear_cross_entropy(x, weight, target, softcap=3.0),
+    ):
+        assert output.requires_grad
+        total = _NoGradient.apply(output).sum()
+        assert torch.autograd.grad(total, (x, weight), allow_unused=True) == (None, None)

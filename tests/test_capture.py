@@ -146,6 +146,19 @@ def test_export_with_a_dynamic_batch() -> None:
             torch.testing.assert_close(program.module()(x, target), Model(False)(x, target))
 
 
+@pytest.mark.parametrize("extras", [{"softcap": 3.0}, {"return_lse": True}], ids=str)
+def test_export_extras_with_a_dynamic_batch(extras: dict[str, Any]) -> None:
+    class Loss(nn.Module):
+        def forward(self, x: Tensor, target: Tensor) -> Any:
+            return torchext.cross_entropy(x, target, **extras)
+
+    rows = torch.export.Dim("rows", min=2)
+    given = (torch.randn(4, 20), torch.zeros(4, dtype=torch.long))
+    program = torch.export.export(Loss(), given, dynamic_shapes=({0: rows}, {0: rows}))
+    given = (torch.randn(7, 20), torch.arange(7))
+    torch.testing.assert_close(program.module()(*given), Loss()(*given))
+
+
 @pytest.mark.parametrize("mode", ["real", "fake", "symbolic"])
 def test_make_fx(mode: str) -> None:
     weight = torch.randn(5, 6)

@@ -280,3 +280,22 @@ def test_a_mean_of_float16_does_not_overflow_in_its_sum(extras: dict[str, Any]) 
     features, weight = logits, torch.eye(8).half()
     loss = torchext.linear_cross_entropy(features, weight, target, **extras)
     torch.testing.assert_close(loss.double(), expected, rtol=1e-3, atol=0)
+
+
+@pytest.mark.parametrize("classes", [8, 20])
+@pytest.mark.parametrize("extras", [{"return_argmax": True}, {"softcap": 1e4}, {"z_loss": 0.1}])
+def test_a_mean_over_targets_without_weight_is_nan(classes: int, extras: dict[str, Any]) -> None:
+    """Whatever label smoothing adds to it."""
+    logits, target = torch.randn(4, classes), torch.tensor([0, 2, 0, 2])
+    weight = torch.ones(classes)
+    weight[::2] = 0
+    features, head = torch.randn(4, 5), torch.randn(classes, 5)
+    assert F.cross_entropy(logits, target, weight, label_smoothing=0.1).isnan()
+    for backend in ("auto", "eager"):
+        with torchext.use_backend(backend):
+            options: dict[str, Any] = {"weight": weight, "label_smoothing": 0.1, **extras}
+            for found in (
+                torchext.cross_entropy(logits, target, **options),
+                torchext.linear_cross_entropy(features, head, target, **options),
+            ):
+                assert as_tuple(found)[0].isnan()

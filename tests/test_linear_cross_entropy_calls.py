@@ -337,3 +337,12 @@ def test_compiled_training(dynamic: bool, reduction: str) -> None:
             wanted = (input, linear_weight, bias)
             results.append((value, *torch.autograd.grad(value, wanted, upstream)))
         torch.testing.assert_close(*results)
+
+
+def test_smoothing_in_float16_does_not_overflow_without_gradients() -> None:
+    """Small calls without gradients are torch's ops, whose sum over the classes would."""
+    x, weight = torch.randn(4, 5).half(), torch.randn(20000, 5).half()
+    target = torch.arange(4)
+    truth = F.cross_entropy(F.linear(x.double(), weight.double()), target, label_smoothing=0.1)
+    found = torchext.linear_cross_entropy(x, weight, target, label_smoothing=0.1)
+    torch.testing.assert_close(found.double(), truth, rtol=2e-3, atol=0)

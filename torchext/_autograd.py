@@ -70,15 +70,21 @@ def eager(
     def forward(ctx: Any, *args: Any) -> Tensor:
         output = run(*args)
         ctx.owned = _hooks(False) is None
+        ctx.set_materialize_grads(False)  # zeros in its place would be NaN by a NaN
         setup_context(ctx, args, output)
         return output[0] if several else output  # type: ignore[no-any-return]
 
+    nothing = (None,) * len(op._schema.arguments)
+
+    def back(ctx: Any, grad_output: Tensor | None) -> tuple[Tensor | None, ...]:
+        return nothing if grad_output is None else backward(ctx, grad_output)
+
     # By the metaclass, so that the profiler and anomaly mode show the op's name.
-    members = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
+    members = {"forward": staticmethod(forward), "backward": staticmethod(back)}
     make: Any = type(torch.autograd.Function)
     function = make(op._opname, (torch.autograd.Function,), members)
     # What the engine calls; torch's own only looks for `vjp` before it calls backward. Saves 1 us.
-    function._backward_cls.apply = backward
+    function._backward_cls.apply = back
     return fast_apply(function)
 
 

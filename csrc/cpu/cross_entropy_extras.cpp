@@ -1,6 +1,8 @@
 // The rows of a loss with extras on the CPU: from tensors to one call of the kernels.
 #include "ops/cross_entropy_extras.h"
 
+#include <limits>
+
 #include "cpu/cross_entropy_call.h"
 #include "cpu/cross_entropy_extras_kernel.h"
 
@@ -142,7 +144,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> cross_entropy_extras_
     PreparedExtras<scalar_t> prepared(call);
     double& divisor = *static_cast<double*>(mass.mutable_data_ptr());
     divisor = how == Reduction::kMean ? prepared.mass : 1.0;
-    if (ignored_mean_zero && divisor == 0) divisor = 1.0;
+    // As in torchext/ops/extras.py, mean_or.
+    if (divisor == 0) {
+      divisor = ignored_mean_zero ? 1.0 : std::numeric_limits<double>::quiet_NaN();
+    }
     const acc_t share = static_cast<acc_t>(1.0 / divisor);
     if (save_gradient) prepared.args.grad_loss = &share;  // every row's: its stride is 0
     prepared.run();

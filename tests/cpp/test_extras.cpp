@@ -3,6 +3,8 @@
 #include <torch/torch.h>
 #include <torchext/torchext.h>
 
+#include <cmath>
+#include <functional>
 #include <limits>
 #include <optional>
 #include <string>
@@ -250,6 +252,75 @@ TEST(the_gradient_takes_the_place_of_the_logits) {
   // A second backward through a graph that is kept has the gradient again.
   const Tensor first = grad({loss}, {logits}, {at::full({}, 2.0f)}, /*retain_graph=*/true)[0];
   EXPECT_CLOSE(2 * grad({loss}, {logits})[0], first, 1e-6);
+}
+
+TEST(other_dtypes_and_biases_are_the_stock_ones) {
+  const Tensor logits = random({6, 40}, at::kFloat), target = at::randint(40, {6}, at::kLong);
+  const Tensor goal = at::randn({6, 40}, at::kDouble).softmax(1),
+               weight = at::rand({40}, at::kDouble);
+  EXPECT_CLOSE(torchext::cross_entropy(logits, goal), at::cross_entropy_loss(logits, goal), 1e-6);
+  EXPECT_CLOSE(torchext::cross_entropy(logits, goal.to(at::kFloat), weight),
+               at::cross_entropy_loss(logits, goal.to(at::kFloat), weight), 1e-6);
+  const Tensor input = random({6, 5}, at::kFloat), head = random({40, 5}, at::kFloat);
+  for (const Tensor& bias : {at::randn({1}), at::randn({}), at::randn({6, 40})}) {
+    EXPECT_CLOSE(torchext::linear_relu(input, head, bias), at::relu(at::linear(input, head, bias)),
+                 1e-5);
+    EXPECT_THROWS(torchext::linear_cross_entropy(input, head, target, bias), "bias");
+    EXPECT_THROWS(
+        torchext::linear_cross_entropy_extras(input, head, target, LossExtras().z_loss(0.1), bias),
+        "bias");
+  }
+}
+
+TEST(errors_are_of_torchs_classes) {
+  const Tensor logits = at::randn({6, 40}), head = at::randn({40, 40});
+  const Tensor outside = at::full({6}, 40, at::kLong), fewer = at::zeros({5}, at::kLong);
+  const auto classes = [](const std::function<void()>& call) {
+    try {
+      call();
+    } catch (const c10::IndexError&) {
+      return "IndexError";
+    } catch (const c10::ValueError&) {
+      return "ValueError";
+    } catch (const c10::Error&) {
+      return "Error";
+    } catch (const std::exception&) {
+      return "another";
+    }
+    return "none";
+  };
+  const auto z_loss = LossExtras().z_loss(0.1);
+  EXPECT(classes([&] { torchext::cross_entropy(logits, outside); }) == std::string("IndexError"));
+  EXPECT(classes([&] { torchext::cross_entropy_extras(logits, outside, z_loss); }) ==
+         std::string("IndexError"));
+  EXPECT(classes([&] { torchext::linear_cross_entropy(logits, head, outside); }) ==
+         std::string("IndexError"));
+  EXPECT(classes([&] { torchext::cross_entropy(logits, fewer); }) == std::string("ValueError"));
+  EXPECT(classes([&] { torchext::linear_relu(logits, at::randn({4, 39})); }) ==
+         std::string("Error"));
+  EXPECT(classes([&] {
+           torchext::cross_entropy_extras(logits, fewer, LossExtras().softcap(INFINITY));
+         }) == std::string("ValueError"));
+}
+
+TEST(logits_may_be_changed_after_the_loss) {
+  const Tensor leaf = random({6, 40}, at::kFloat), target = at::randint(40, {6}, at::kLong);
+  const Tensor truth = grad({at::cross_entropy_loss(leaf, target)}, {leaf})[0];
+  const Tensor logits = leaf * 1;
+  const Tensor loss = torchext::cross_entropy(logits, target);
+  {
+    const at::NoGradGuard no_grad;
+    logits.zero_();
+  }
+  EXPECT_THROWS(grad({loss}, {leaf}, {}, true, /*create_graph=*/true), "modified by an inplace");
+  EXPECT_CLOSE(grad({loss}, {leaf})[0], truth, 1e-6);
+}
+
+TEST(a_mean_over_no_rows_of_probabilities) {
+  const Tensor loss = torchext::cross_entropy_extras(at::randn({0, 8}), at::rand({0, 8}),
+                                                     LossExtras().ignored_mean("zero"))
+                          .loss;
+  EXPECT(loss.item<float>() == 0);
 }
 
 TEST(linear_cross_entropy_of_k_dimensions) {

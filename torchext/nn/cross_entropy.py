@@ -100,6 +100,13 @@ def _scripted(
     label_smoothing: float,
 ) -> Tensor:
     """The call as TorchScript takes it (no keyword-only arguments)."""
+    # The operator has one gradient, that of input, and one dtype.
+    if (target.is_floating_point() and (target.requires_grad or target.dtype != input.dtype)) or (
+        weight is not None and (weight.requires_grad or weight.dtype != input.dtype)
+    ):
+        return torch.nn.functional.cross_entropy(
+            input, target, weight, None, ignore_index, None, reduction, label_smoothing
+        )
     code = 1
     if reduction == "none":
         code = 0

@@ -91,6 +91,8 @@ class LinearCrossEntropyLoss(nn.Module):
         self.ignore_index = ignore_index
         self.label_smoothing = label_smoothing
         self.inner = math.prod(out_features) if out_features else 0  # 0: no dimensions but C
+        # For TorchScript, which cannot tell what an empty list is of.
+        self.sizes = torch.jit.Attribute(list(out_features), list[int])
         # A weight of K dimensions is kept flat, as torch keeps it.
         self.linear = nn.Linear(
             in_features, math.prod(out_features, start=num_classes), bias, device, dtype
@@ -117,6 +119,7 @@ class LinearCrossEntropyLoss(nn.Module):
             self.reduction,
             self.ignore_index,
             self.label_smoothing,
+            self.sizes,  # type: ignore[arg-type]
         )
 
     @torch.jit.unused

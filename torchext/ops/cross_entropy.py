@@ -112,7 +112,8 @@ def cross_entropy(
             on, and autograd knows: whatever saved them for its own backward raises the usual error
             about an in-place change. Has an effect where a gradient of a mean or sum is wanted of
             contiguous logits in float32, float64 or bfloat16; with extras, where they have a
-            kernel, and without return_lse. No second derivatives.
+            kernel, and without return_lse. No second derivatives; an infinite gradient of the loss
+            makes NaN of ignored rows, too.
         return_lse: returns lse, too, differentiable, in float32 or wider.
         return_argmax: returns the class of the largest logit too.
         ignored_mean: what a mean over no target gives: ``"nan"``, as in torch, or ``"zero"``.

@@ -15,6 +15,7 @@ Siblings: torchext/ops/cross_entropy.py, torchext/ops/linear_cross_entropy.py, t
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -46,8 +47,10 @@ class Extras(NamedTuple):
                 f"{op}: expected reduction to be one of {REDUCTIONS}, but got {reduction!r}: "
                 f"{reduction} is not a valid value for reduction"
             )
-        if self.softcap is not None and not self.softcap > 0:
-            raise ValueError(f"{op}: expected softcap above 0 or None, but got {self.softcap}")
+        if self.softcap is not None and not 0 < self.softcap < math.inf:
+            raise ValueError(
+                f"{op}: expected softcap above 0, finite, or None, but got {self.softcap}"
+            )
         if self.ignored_mean not in _MEANS:
             raise ValueError(
                 f"{op}: expected ignored_mean to be one of {_MEANS}, but got {self.ignored_mean!r}"
@@ -313,7 +316,7 @@ def mean_or(
             index = target.masked_fill(~kept, 0).long()
             chosen = torch.where(kept, weight[index], torch.zeros_like(weight[index]))
             mass = chosen.sum(dtype=total.dtype)
-    if extras.ignored_mean == "zero":
-        # The sum is 0 then, and so is its gradient.
-        mass = torch.where(mass == 0, torch.ones_like(mass), mass)
-    return (total / mass).to(dtype)
+    # Of zero the sum is 0 then, and so is its gradient. Else it is stock's: there the loss of the
+    # targets is 0/0, whatever label smoothing adds to it.
+    nothing = 1 if extras.ignored_mean == "zero" else math.nan
+    return (total / torch.where(mass == 0, nothing, mass.double())).to(dtype)

@@ -15,6 +15,7 @@ csrc/cuda, triton_kernels/cross_entropy_extras.py (the kernels).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -115,9 +116,9 @@ class Targets:
                 index = torch.where(self.kept, self.target, 0).long().clamp(0, self.classes - 1)
                 chosen = torch.where(self.kept, self.weight[index], 0)
             mass = chosen.sum(dtype=torch.float64)
-        if self.options.extras.ignored_mean == "zero":
-            mass = torch.where(mass == 0, 1.0, mass)
-        return mass
+        # As in `extras.mean_or`.
+        nothing = 1.0 if self.options.extras.ignored_mean == "zero" else math.nan
+        return torch.where(mass == 0, nothing, mass)
 
     def by_kernel(
         self,

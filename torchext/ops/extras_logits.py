@@ -60,7 +60,7 @@ def attempt(
         input, target = (_backend.cast(t, torch.float32) for t in (input, target))
         weight = None if weight is None else _backend.cast(weight, torch.float32)
     if not (
-        len(input) > 0
+        input.shape[0] > 0  # not len: export would make it a constant
         and input.stride(1) == 1
         and go_together(input, None, target, None, weight, input.dtype)
         and (ignore_index < 0 or not target.is_floating_point())

@@ -63,6 +63,7 @@ def by_stock(
     """
     if (
         not _backend.stock_when_small
+        or label_smoothing  # of float16 and many classes its sum overflows
         or (
             _grad_enabled()
             and (
@@ -214,6 +215,7 @@ def scripted(
     reduction: str,
     ignore_index: int | None,
     label_smoothing: float,
+    inner: list[int],
 ) -> Tensor:
     """The call as TorchScript takes it (no keyword-only arguments), for the module.
 
@@ -226,6 +228,7 @@ def scripted(
         reduction: of the loss.
         ignore_index: of the loss.
         label_smoothing: of the loss.
+        inner: the dimensions of which D is the product.
     """
     probabilities = target.is_floating_point()
     if probabilities and ignore_index is not None:
@@ -236,6 +239,29 @@ def scripted(
     shape = list(target.shape)  # of the positions
     if probabilities:
         shape = shape[:-1] if target.dim() == 1 else shape[:1] + shape[2:]
+    expected = list(input.shape[:-1]) + inner
+    classes = linear_weight.shape[0]
+    if shape != expected or (
+        probabilities and (input.dim() > 2 or target.shape[min(target.dim() - 1, 1)] != classes)
+    ):
+        raise RuntimeError(
+            f"linear_cross_entropy: expected target of shape {expected}, or with {classes} classes "
+            f"after the first dimension, but got {target.shape}"
+        )
+    if (probabilities and (target.requires_grad or target.dtype != input.dtype)) or (
+        weight is not None and (weight.requires_grad or weight.dtype != input.dtype)
+    ):  # the operator has no gradient of theirs, and one dtype
+        flat = None if linear_bias is None else linear_bias.reshape(-1)
+        features = linear_weight.shape[-1]
+        logits = torch.nn.functional.linear(input, linear_weight.reshape(-1, features), flat)
+        if linear_weight.dim() == 3:
+            logits = logits.reshape([input.shape[0], classes] + inner)
+        elif input.dim() > 2:
+            logits, target = logits.reshape(-1, classes), target.reshape(-1)
+        loss: Tensor = torch.nn.functional.cross_entropy(
+            logits, target, weight, None, ignored, None, reduction, label_smoothing
+        )
+        return loss.reshape(shape) if reduction == "none" else loss
     if linear_weight.dim() == 3:
         target = target.flatten(2 if probabilities else 1)
     else:
@@ -245,7 +271,7 @@ def scripted(
     at_once = (
         code != 0 and torch.is_grad_enabled() and input.dtype in (torch.float32, torch.float64)
     )
-    loss: Tensor = torch.ops.torchext.linear_cross_entropy_forward(
+    fused: Tensor = torch.ops.torchext.linear_cross_entropy_forward(
         input,
         linear_weight,
         target,
@@ -258,8 +284,8 @@ def scripted(
         at_once and linear_weight.requires_grad,
         at_once and linear_bias is not None and linear_bias.requires_grad,
     )[0]
-    loss = loss.to(input.dtype)
-    return loss.reshape(shape) if code == 0 else loss
+    fused = fused.to(input.dtype)
+    return fused.reshape(shape) if code == 0 else fused
 
 
 def place_of(

@@ -53,7 +53,7 @@ def linear_relu(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Te
         RuntimeError: where shapes or dtypes do not go together.
     """
     if torch.jit.is_scripting():  # type: ignore[attr-defined]
-        if weight.dim() != 2:
+        if weight.dim() != 2 or (bias is not None and bias.shape != weight.shape[:1]):
             return torch.relu(torch.nn.functional.linear(input, weight, bias))
         return torch.ops.torchext.linear_relu_forward(input, weight, bias)  # type: ignore[no-any-return]
     else:

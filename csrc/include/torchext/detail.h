@@ -13,6 +13,7 @@
 #include <cmath>
 #include <initializer_list>
 #include <optional>
+#include <stdexcept>
 #include <utility>
 #include <vector>
 
@@ -22,12 +23,40 @@ using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
 
 template <typename Signature>
-c10::TypedOperatorHandle<Signature> find_operator(const char* name) {
+class Operator;
+
+// A registered operator. What its kernels refuse is raised in torch's classes: through the stable
+// ABI it comes in the standard library's.
+template <typename Result, typename... Arguments>
+class Operator<Result(Arguments...)> {
+ public:
+  explicit Operator(c10::TypedOperatorHandle<Result(Arguments...)> handle) : handle_(handle) {}
+
+  Result call(Arguments... arguments) const {
+    try {
+      return handle_.call(std::forward<Arguments>(arguments)...);
+    } catch (const std::out_of_range& error) {
+      C10_THROW_ERROR(IndexError, error.what());
+    } catch (const std::invalid_argument& error) {
+      C10_THROW_ERROR(ValueError, error.what());
+    } catch (const std::runtime_error& error) {
+      C10_THROW_ERROR(Error, error.what());
+    }
+  }
+
+  bool has_kernel(c10::DispatchKey key) const { return handle_.hasKernelForDispatchKey(key); }
+
+ private:
+  c10::TypedOperatorHandle<Result(Arguments...)> handle_;
+};
+
+template <typename Signature>
+Operator<Signature> find_operator(const char* name) {
   const auto op = c10::Dispatcher::singleton().findSchema({name, ""});
   TORCH_CHECK(op.has_value(), name,
               " is not registered: the library of torchext's kernels is not loaded. Link the "
               "program with the CMake target TorchExt::torchext, or dlopen the library");
-  return op->typed<Signature>();
+  return Operator<Signature>(op->typed<Signature>());
 }
 
 inline std::optional<at::Tensor> if_defined(const at::Tensor& tensor) {
@@ -48,11 +77,11 @@ inline bool is_plain_or_undefined(const at::Tensor& tensor, const at::Tensor& li
 // Whether a kernel of `op` serves the device and dtype of `input` in an eager call. Autocast and
 // the transforms of functorch rewrite the eager definition's ops, and know nothing of ours.
 template <typename Signature>
-bool serves(const c10::TypedOperatorHandle<Signature>& op, const at::Tensor& input) {
+bool serves(const Operator<Signature>& op, const at::Tensor& input) {
   if (!input.is_cpu() && !input.is_cuda()) return false;
   const auto key = input.is_cpu() ? c10::DispatchKey::CPU : c10::DispatchKey::CUDA;
   const at::ScalarType dtype = input.scalar_type();
-  return op.hasKernelForDispatchKey(key) &&
+  return op.has_kernel(key) &&
          (dtype == at::kFloat || dtype == at::kDouble || dtype == at::kBFloat16 ||
           dtype == at::kHalf) &&
          !at::autocast::is_autocast_enabled(input.device().type()) &&
@@ -65,9 +94,20 @@ bool serves(const c10::TypedOperatorHandle<Signature>& op, const at::Tensor& inp
 // it.
 inline bool serves_target(const at::Tensor& input, const at::Tensor& target,
                           const at::Tensor& weight, int64_t ignore_index) {
-  return input.numel() > 0 && is_plain(target, input) && is_plain_or_undefined(weight, input) &&
-         !weight.requires_grad() &&
-         (!target.is_floating_point() || (!target.requires_grad() && ignore_index < 0));
+  const auto of_its_dtype = [&](const at::Tensor& tensor) {
+    return tensor.scalar_type() == input.scalar_type();
+  };
+  if (!target.defined() || input.numel() == 0 || !is_plain(target, input)) return false;
+  if (weight.defined() &&
+      (!is_plain(weight, input) || weight.requires_grad() || !of_its_dtype(weight))) {
+    return false;
+  }
+  return !target.is_floating_point() ||
+         (!target.requires_grad() && ignore_index < 0 && of_its_dtype(target));
+}
+
+inline int64_t version_of(const at::Tensor& tensor) {
+  return tensor.is_inference() ? 0 : static_cast<int64_t>(tensor._version());
 }
 
 // Whether backward must be made of differentiable ops: create_graph, or batched gradients.

@@ -50,8 +50,11 @@ class CrossEntropyFunction : public torch::autograd::Function<CrossEntropyFuncti
     const at::AutoDispatchBelowADInplaceOrView below_autograd;
     auto [loss, stats, gradient] = cross_entropy_forward().call(
         input, target, weight, reduction, ignore_index, label_smoothing, one_pass);
-    context->save_for_backward(
-        {input, target, weight.value_or(at::Tensor()), one_pass ? gradient : stats});
+    // As with the stock op the logits may be changed after a loss whose gradient is there: they are
+    // kept beside what is saved, for a second derivative.
+    if (one_pass) context->saved_data["logits"] = std::make_tuple(input, version_of(input));
+    context->save_for_backward({one_pass ? at::Tensor() : input, target,
+                                weight.value_or(at::Tensor()), one_pass ? gradient : stats});
     context->saved_data["options"] = Options{reduction, ignore_index, label_smoothing, one_pass};
     context->set_materialize_grads(false);
     return loss;
@@ -62,10 +65,23 @@ class CrossEntropyFunction : public torch::autograd::Function<CrossEntropyFuncti
     variable_list grads(6);
     if (!grad_loss.defined()) return grads;
     const variable_list saved = context->get_saved_variables();
-    const at::Tensor &input = saved[0], &target = saved[1], &weight = saved[2];
+    const at::Tensor &target = saved[1], &weight = saved[2];
     const auto [reduction, ignore_index, label_smoothing, one_pass] =
         context->saved_data["options"].to<Options>();
-    if (wants_reference(grad_loss) || (one_pass && !may_scale(grad_loss, at::kFloat))) {
+    at::Tensor input = saved[0];
+    bool changed = false;
+    if (one_pass) {
+      int64_t version = 0;
+      std::tie(input, version) =
+          context->saved_data["logits"].to<std::tuple<at::Tensor, int64_t>>();
+      changed = version_of(input) != version;
+    }
+    const bool differentiable = wants_reference(grad_loss);
+    TORCH_CHECK(!differentiable || !changed,
+                "one of the variables needed for gradient computation has been modified by an "
+                "inplace operation: the logits of cross_entropy, of shape ",
+                input.sizes());
+    if (differentiable || (one_pass && !changed && !may_scale(grad_loss, at::kFloat))) {
       const auto definition = [&, reduction = reduction, ignore_index = ignore_index,
                                label_smoothing = label_smoothing](const variable_list& tensors) {
         return cross_entropy_reference(tensors[0], target, weight, reduction, ignore_index,
@@ -80,6 +96,9 @@ class CrossEntropyFunction : public torch::autograd::Function<CrossEntropyFuncti
       grads[0] =
           cross_entropy_backward().call(grad_loss.resolve_neg(), input, target, if_defined(weight),
                                         saved[3], reduction, ignore_index, label_smoothing);
+    }
+    if (one_pass && !torch::autograd::get_current_graph_task_keep_graph()) {
+      context->saved_data.erase("logits");
     }
     return grads;
   }

@@ -12,6 +12,7 @@
 #include <torch/arg.h>
 
 #include <algorithm>
+#include <cmath>
 #include <cstdint>
 #include <optional>
 #include <string>
@@ -58,17 +59,26 @@ struct LossOptions {
 };
 
 inline void check_extras(const char* op, const LossExtras& extras) {
-  TORCH_CHECK_VALUE(!extras.softcap() || *extras.softcap() > 0, op,
-                    ": expected softcap above 0 or none, but got ", *extras.softcap());
+  TORCH_CHECK_VALUE(
+      !extras.softcap() || (*extras.softcap() > 0 && std::isfinite(*extras.softcap())), op,
+      ": expected softcap above 0, finite, or none, but got ", *extras.softcap());
   TORCH_CHECK_VALUE(extras.ignored_mean() == "nan" || extras.ignored_mean() == "zero", op,
                     ": expected ignored_mean to be nan or zero, but got ", extras.ignored_mean());
+}
+
+// A divisor of zero is 1 for `ignored_mean("zero")`, whose sum is 0. Else the mean is NaN, as
+// stock's is: there the loss of the targets is 0/0, whatever label smoothing adds to it.
+inline at::Tensor without_zero(const at::Tensor& mass, const LossOptions& options) {
+  return mass.masked_fill(mass.eq(0), options.zero_mean() ? 1 : std::nan(""));
 }
 
 // What a mean divides by, in float64, made of torch's ops.
 inline at::Tensor loss_mass(const at::Tensor& target, const at::Tensor& weight, int64_t positions,
                             const LossOptions& options) {
-  const auto wide = target.options().dtype(at::kDouble);
-  if (target.is_floating_point()) return at::full({}, static_cast<double>(positions), wide);
+  if (target.is_floating_point()) {
+    const auto wide = target.options().dtype(at::kDouble);
+    return without_zero(at::full({}, static_cast<double>(positions), wide), options);
+  }
   const at::Tensor index = target.to(at::kLong);
   const at::Tensor kept = index.ne(options.ignore_index);
   at::Tensor chosen = kept;
@@ -77,8 +87,7 @@ inline at::Tensor loss_mass(const at::Tensor& target, const at::Tensor& weight, 
     const at::Tensor safe = index.masked_fill(kept.logical_not(), 0).clamp(0, weight.size(0) - 1);
     chosen = weight.index({safe}).masked_fill(kept.logical_not(), 0);
   }
-  const at::Tensor mass = chosen.sum(at::kDouble);
-  return options.zero_mean() ? mass.masked_fill(mass.eq(0), 1) : mass;
+  return without_zero(chosen.sum(at::kDouble), options);
 }
 
 // By torch's ops on the logits (C), (N, C) or (N, C, d1, ...).

@@ -127,7 +127,7 @@ inline at::Tensor loss_divisor(const LossTensors& tensors, const LossOptions& op
                                  int64_t)>("torchext::cross_entropy_mass");
     const at::Tensor wide = weight.defined() ? in_sums(weight) : weight;
     mass = op.call(target, if_defined(wide), tensors.classes(), options.ignore_index);
-    if (options.zero_mean()) mass = mass.masked_fill(mass.eq(0), 1);
+    mass = without_zero(mass, options);
   }
   if (options.reduction != at::Reduction::Mean) {
     return at::ones({}, input.options().dtype(at::kDouble));

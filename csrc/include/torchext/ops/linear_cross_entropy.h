@@ -37,15 +37,16 @@ inline const auto& linear_cross_entropy_backward() {
 // (N, C), or (N, C, d1, ..., dK) of a linear_weight (C, d1, ..., dK, H).
 inline at::Tensor whole_logits(const at::Tensor& input, const at::Tensor& linear_weight,
                                const at::Tensor& linear_bias) {
-  if (linear_weight.dim() <= 2) return at::linear(input, linear_weight, if_defined(linear_bias));
-  std::vector<int64_t> sizes = input.sizes().slice(0, input.dim() - 1).vec();
+  TORCH_CHECK(linear_weight.dim() > 0, "linear_cross_entropy: expected linear_weight (C, ..., H)");
   const at::IntArrayRef inner = linear_weight.sizes().slice(0, linear_weight.dim() - 1);
-  sizes.insert(sizes.end(), inner.begin(), inner.end());
   TORCH_CHECK(
       !linear_bias.defined() || linear_bias.sizes() == inner,
       "linear_cross_entropy: expected linear_bias of linear_weight's shape without its last "
       "dimension, ",
       inner, ", but got ", linear_bias.sizes());
+  if (linear_weight.dim() <= 2) return at::linear(input, linear_weight, if_defined(linear_bias));
+  std::vector<int64_t> sizes = input.sizes().slice(0, input.dim() - 1).vec();
+  sizes.insert(sizes.end(), inner.begin(), inner.end());
   const at::Tensor flat_bias = linear_bias.defined() ? linear_bias.flatten() : linear_bias;
   return at::linear(input, linear_weight.flatten(0, -2), if_defined(flat_bias)).view(sizes);
 }

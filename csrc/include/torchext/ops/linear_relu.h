@@ -75,8 +75,10 @@ class LinearReLUFunction : public torch::autograd::Function<LinearReLUFunction> 
 inline at::Tensor linear_relu(const at::Tensor& input, const at::Tensor& weight,
                               const at::Tensor& bias = {}) {
   using namespace detail;
+  // A bias of another shape is broadcast, or refused, by the stock op.
   if (!serves(linear_relu_forward(), input) || weight.dim() != 2 || !is_plain(weight, input) ||
-      !is_plain_or_undefined(bias, input)) {
+      !is_plain_or_undefined(bias, input) ||
+      (bias.defined() && bias.sizes() != weight.sizes().slice(0, 1))) {
     return linear_relu_reference(input, weight, bias);
   }
   if (at::GradMode::is_enabled() &&
