@@ -60,10 +60,24 @@ def widened(options: dict[str, Any]) -> dict[str, Any]:
 
 def of_rounded_logits(
     leaves: list[Tensor], target: Tensor, narrow: torch.dtype, **options: Any
-) -> Tensor:
-    """The loss by exact arithmetic, but for what autocast rounds: the leaves, and the logits."""
-    logits = F.linear(*(leaf.to(narrow).double() for leaf in leaves)).to(narrow)
-    return F.cross_entropy(logits.double(), target, **widened(options))
+) -> tuple[Tensor, Tensor]:
+    """The loss by exact arithmetic, but for what autocast rounds: the leaves, and the logits.
+
+    And how far from it a loss may be whose logits are summed in float32, in any order: those that
+    are as near the middle of two neighbours as such a sum errs may be the other one.
+    """
+    given = [leaf.to(narrow).double() for leaf in leaves]
+    exact = F.linear(*given)
+    logits = exact.to(narrow)
+    up, down = (torch.nextafter(logits, torch.full_like(logits, end)) for end in (1e4, -1e4))
+    neighbour = torch.where(exact > logits.double(), up, down).double()
+    middle = (logits.double() + neighbour) / 2
+    errs = 2**-24 * (given[0].shape[1] + 1) * F.linear(*(leaf.abs() for leaf in given))
+    leaf = logits.double().requires_grad_()
+    loss = F.cross_entropy(leaf, target, **widened(options))
+    (slope,) = torch.autograd.grad(loss.sum(), leaf)
+    change = (neighbour - leaf.detach()).abs() * slope.abs() * ((exact - middle).abs() <= errs)
+    return loss.detach(), change.sum(1) if loss.dim() else change.sum()
 
 
 def check(
@@ -72,12 +86,13 @@ def check(
     truth: list[Tensor],
     case: Any,
     narrow: torch.dtype | None = None,
-    rounded: Tensor | None = None,
+    rounded: tuple[Tensor, Tensor] | None = None,
 ) -> None:
     """Under autocast the gradients, of whatever dtype, were rounded to `narrow`; not the loss.
 
     But its logits were: sums in another order give some of them the other neighbour, and a sum of
-    losses as much by chance. `rounded` is the loss that has the logits' roundings alone.
+    losses as much by chance. `rounded` is the loss that has the logits' roundings alone, and how
+    much of it that is.
     """
     for i, (actual, stock, exact) in enumerate(zip(found, eager, truth, strict=True)):
         assert actual.dtype == stock.dtype and actual.shape == stock.shape
@@ -87,7 +102,9 @@ def check(
         )
         if stock.isfinite().all():  # a sum in float16 overflows in stock
             error = (stock.double() - exact).norm()
-            own = 0 if rounded is None or i > 0 else (rounded - exact).norm()
+            own = 0
+            if rounded is not None and i == 0:
+                own = (rounded[0] - exact).norm() + rounded[1].norm()
             allowed += max(error, own)
         assert (actual.double() - exact).norm() <= allowed, case
 
