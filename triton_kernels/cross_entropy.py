@@ -114,9 +114,8 @@ def _statistics(call: Call, losses: Tensor, stats: Tensor | None) -> None:
     if partials is None:
         return
     block_s = triton.next_power_of_2(slices)
-    block_p = max(
-        1, min(32, TILE_ELEMENTS // block_s)
-    )  # all of a position's slices are in one tile
+    # All of a position's slices are in one tile.
+    block_p = max(1, min(32, TILE_ELEMENTS // block_s))
     blocks = triton.cdiv(call.inner, block_p)
     common.launch(
         cross_entropy_merge_kernel,
