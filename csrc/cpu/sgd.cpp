@@ -3,7 +3,9 @@
 #include "ops/sgd.h"
 
 #include <algorithm>
+#include <array>
 #include <utility>
+#include <vector>
 
 #include "cpu/dispatch.h"
 #include "cpu/simd.h"
@@ -36,59 +38,82 @@ TORCHEXT_INLINE Value rounded(Value value) {
   return value;
 }
 
-// A vector of elements, or one of them.
-template <typename Value, typename scalar_t>
+// The step of a vector of elements.
+template <bool kDecay, bool kBuffered, typename Value, typename scalar_t>
 TORCHEXT_INLINE Value sgd_update(const SgdArgs<scalar_t>& args, Value param, Value grad,
-                                 Value* buffer) {
+                                 Value& buffer) {
   if (args.maximize) grad = -grad;
-  if (args.weight_decay != 0) grad += param * args.weight_decay;
-  if (buffer) {
-    *buffer = rounded(*buffer * args.momentum) + grad * args.dampened;
-    grad = args.nesterov ? grad + *buffer * args.momentum : *buffer;
+  if constexpr (kDecay) grad += param * args.weight_decay;
+  if constexpr (kBuffered) {
+    buffer = rounded(buffer * args.momentum) + grad * args.dampened;
+    grad = args.nesterov ? grad + buffer * args.momentum : buffer;
   }
   return param - rounded(grad) * args.lr;
 }
 
-template <class Isa, typename scalar_t>
-TORCHEXT_INLINE void sgd_elements(const SgdArgs<scalar_t>& args, int64_t begin, int64_t end) {
+template <class Isa, bool kDecay, bool kBuffered, typename scalar_t>
+TORCHEXT_INLINE void sgd_loop(const SgdArgs<scalar_t>& given, int64_t begin, int64_t end) {
   constexpr int kLanes = simd::kLanesOf<Isa, scalar_t>;
   using Value = Vector<scalar_t, kLanes>;
-  const bool buffered = args.momentum_buffer != nullptr;
-  for (int64_t i = begin; i < end; i += kLanes) {
-    const int64_t count = std::min<int64_t>(kLanes, end - i);
+  const SgdArgs<scalar_t> args = given;  // which no store can change: they stay in registers
+  int64_t i = begin;
+  for (; i + kLanes <= end; i += kLanes) {
+    Value buffer{};
+    if constexpr (kBuffered) buffer = simd::load<kLanes>(args.momentum_buffer + i);
+    const Value param = simd::load<kLanes>(args.param + i);
+    const Value grad = simd::load<kLanes>(args.grad + i);
+    simd::store<kLanes>(args.param + i, sgd_update<kDecay, kBuffered>(args, param, grad, buffer));
+    if constexpr (kBuffered) simd::store<kLanes>(args.momentum_buffer + i, buffer);
+  }
+  if (i < end) {
+    const int64_t count = end - i;
     const auto load = [&](const scalar_t* from) __attribute__((always_inline)) {
-      return count == kLanes ? simd::load<kLanes>(from + i)
-                             : simd::load_tail<kLanes>(from + i, count, 0);
+      return simd::load_tail<kLanes>(from + i, count, 0);
     };
-    const auto store = [&](scalar_t* to, Value value) __attribute__((always_inline)) {
-      if (count == kLanes) {
-        simd::store<kLanes>(to + i, value);
-      } else {
-        simd::store_tail<kLanes>(to + i, value, count);
-      }
-    };
-    Value buffer = buffered ? load(args.momentum_buffer) : Value{};
-    store(args.param,
-          sgd_update<Value>(args, load(args.param), load(args.grad), buffered ? &buffer : nullptr));
-    if (buffered) store(args.momentum_buffer, buffer);
+    Value buffer{};
+    if constexpr (kBuffered) buffer = load(args.momentum_buffer);
+    const Value param = load(args.param);
+    const Value grad = load(args.grad);
+    simd::store_tail<kLanes>(args.param + i,
+                             sgd_update<kDecay, kBuffered>(args, param, grad, buffer), count);
+    if constexpr (kBuffered) simd::store_tail<kLanes>(args.momentum_buffer + i, buffer, count);
+  }
+}
+
+template <class Isa, typename scalar_t>
+TORCHEXT_INLINE void sgd_elements(const SgdArgs<scalar_t>& args, int64_t begin, int64_t end) {
+  const bool decay = args.weight_decay != 0, buffered = args.momentum_buffer != nullptr;
+  if (decay && buffered) {
+    sgd_loop<Isa, true, true>(args, begin, end);
+  } else if (decay) {
+    sgd_loop<Isa, true, false>(args, begin, end);
+  } else if (buffered) {
+    sgd_loop<Isa, false, true>(args, begin, end);
+  } else {
+    sgd_loop<Isa, false, false>(args, begin, end);
   }
 }
 TORCHEXT_SIMD_FUNCTION(sgd_range, sgd_elements, SgdArgs)
 
-template <typename scalar_t>
-scalar_t* data_of(const Tensor& tensor) {
-  return static_cast<scalar_t*>(tensor.mutable_data_ptr());
-}
+// One parameter's memory: asked of its tensors once, because each question is a call.
+struct SgdPart {
+  ScalarType dtype;
+  int64_t numel;
+  void* param;
+  const void* grad;
+  void* momentum_buffer = nullptr;
+};
 
-// Whether any two share memory.
-bool overlap(const std::vector<const std::vector<Tensor>*>& lists) {
+// Whether any two tensors share memory.
+bool overlap(const std::vector<SgdPart>& parts) {
   std::vector<std::pair<const char*, const char*>> ranges;
-  for (const auto* list : lists) {
-    for (const Tensor& tensor : *list) {
-      const auto* begin = static_cast<const char*>(tensor.const_data_ptr());
-      const int64_t size =
-          tensor.scalar_type() == ScalarType::Float ? sizeof(float) : sizeof(double);
-      if (tensor.numel() > 0) ranges.emplace_back(begin, begin + tensor.numel() * size);
+  ranges.reserve(3 * parts.size());
+  for (const SgdPart& part : parts) {
+    const int64_t bytes = part.numel * (part.dtype == ScalarType::Float ? 4 : 8);
+    for (const void* memory : std::array{static_cast<const void*>(part.param), part.grad,
+                                         static_cast<const void*>(part.momentum_buffer)}) {
+      const auto* begin = static_cast<const char*>(memory);
+      if (begin && bytes > 0) ranges.emplace_back(begin, begin + bytes);
     }
   }
   std::sort(ranges.begin(), ranges.end());
@@ -102,31 +127,44 @@ void sgd_cpu(std::vector<Tensor> params, std::vector<Tensor> grads,
              std::vector<Tensor> momentum_buffers, double lr, double momentum, double dampening,
              double weight_decay, bool nesterov, bool maximize) {
   check_sgd(params, grads, momentum_buffers, momentum);
+  std::vector<SgdPart> parts;
+  parts.reserve(params.size());
   int64_t elements = 0;
   for (size_t i = 0; i < params.size(); ++i) {
-    check_memory("sgd_", {{"params", &params[i]}, {"grads", &grads[i]}});
-    if (momentum != 0) check_memory("sgd_", {{"momentum_buffers", &momentum_buffers[i]}});
-    elements += params[i].numel();
+    const int64_t numel = params[i].numel();
+    const auto memory = [&](const char* name, const Tensor& tensor, auto* data) {
+      TORCHEXT_CHECK(tensor.is_cpu(), "sgd_: expected ", name, " on the CPU");
+      TORCHEXT_CHECK(numel == 0 || data, "sgd_: expected ", name, " with memory of its own");
+      return data;
+    };
+    SgdPart& part = parts.emplace_back();
+    part.dtype = params[i].scalar_type();
+    part.numel = numel;
+    part.param = memory("params", params[i], params[i].mutable_data_ptr());
+    part.grad = memory("grads", grads[i], grads[i].const_data_ptr());
+    if (momentum != 0) {
+      part.momentum_buffer =
+          memory("momentum_buffers", momentum_buffers[i], momentum_buffers[i].mutable_data_ptr());
+    }
+    elements += numel;
   }
   // Every thread takes its share of every parameter, the share of rows that linear_relu gave it.
   const auto threads = static_cast<int64_t>(torch::stable::get_num_threads());
   int64_t shares = std::clamp<int64_t>(elements / kGrain, 1, threads);
   // Views of one buffer, perhaps: then a parameter after the other, as stock does.
-  if (shares > 1 && overlap({&params, &grads, &momentum_buffers})) shares = 1;
+  if (shares > 1 && overlap(parts)) shares = 1;
   for_each_block(shares, 1, [&](int64_t begin, int64_t end) {
-    for (size_t i = 0; i < params.size(); ++i) {
-      const int64_t first = params[i].numel() * begin / shares;
-      const int64_t last = params[i].numel() * end / shares;
+    for (const SgdPart& part : parts) {
       const auto run = [&](auto zero) {
         using scalar_t = decltype(zero);
-        sgd_range<scalar_t>({data_of<scalar_t>(params[i]), data_of<scalar_t>(grads[i]),
-                             momentum != 0 ? data_of<scalar_t>(momentum_buffers[i]) : nullptr,
-                             static_cast<scalar_t>(lr), static_cast<scalar_t>(momentum),
-                             static_cast<scalar_t>(1 - dampening),
-                             static_cast<scalar_t>(weight_decay), nesterov, maximize},
-                            first, last);
+        sgd_range<scalar_t>(
+            {static_cast<scalar_t*>(part.param), static_cast<const scalar_t*>(part.grad),
+             static_cast<scalar_t*>(part.momentum_buffer), static_cast<scalar_t>(lr),
+             static_cast<scalar_t>(momentum), static_cast<scalar_t>(1 - dampening),
+             static_cast<scalar_t>(weight_decay), nesterov, maximize},
+            part.numel * begin / shares, part.numel * end / shares);
       };
-      if (params[i].scalar_type() == ScalarType::Float) {
+      if (part.dtype == ScalarType::Float) {
         run(float{});
       } else {
         run(double{});
