@@ -186,6 +186,63 @@ def test_parametrizations_and_functional_call() -> None:
     torch.testing.assert_close(swapped, x.sum(1, keepdim=True).relu().expand(3, 5))
 
 
+def _through(head: torchext.nn.LinearCrossEntropyLoss, x: Tensor, target: Tensor) -> list[Tensor]:
+    """Loss and the input's gradient, and stock's of the same parameters, looked up as usual."""
+    found = []
+    for loss in (
+        lambda given: head(given, target),
+        lambda given: nn.functional.cross_entropy(
+            nn.functional.linear(given, head.linear.weight, head.linear.bias), target, head.weight
+        ),
+    ):
+        leaf = x.clone().requires_grad_()
+        value = loss(leaf)
+        found += [value.detach(), *torch.autograd.grad(value, leaf)]
+    return found
+
+
+def test_the_heads_parameters_are_what_they_are_replaced_by() -> None:
+    """Nothing is read where `nn.Module` would not find it: the modules look past its look-up."""
+    x, target = torch.randn(6, 4), torch.randint(5, (6,))
+
+    def check(head: torchext.nn.LinearCrossEntropyLoss) -> None:
+        loss, gradient, *expected = _through(head, x, target)
+        torch.testing.assert_close([loss, gradient], expected)
+
+    head = torchext.nn.LinearCrossEntropyLoss(4, 5, bias=True, weight=torch.rand(5))
+    check(head)
+    parametrize.register_parametrization(head.linear, "weight", nn.Tanh())
+    parametrize.register_parametrization(head.linear, "bias", nn.Tanh())
+    check(head)
+    head.linear = nn.Linear(4, 5)
+    check(head)
+    head.weight = torch.rand(5)
+    check(head)
+    head.weight = None
+    check(head)
+    del head.linear.weight  # as the old hooks of weight_norm do
+    head.linear.weight = torch.randn(5, 4)
+    check(head)
+    other = torchext.nn.LinearCrossEntropyLoss(4, 5)
+    swapped = {"linear.weight": torch.randn(5, 4)}
+    torch.testing.assert_close(
+        torch.func.functional_call(other, swapped, (x, target)),
+        nn.functional.cross_entropy(x @ swapped["linear.weight"].T, target),
+    )
+
+
+def test_the_losss_weight_is_what_it_is_replaced_by() -> None:
+    x, target = torch.randn(6, 5), torch.randint(5, (6,))
+    ours, stock = torchext.nn.CrossEntropyLoss(weight=torch.rand(5)), nn.CrossEntropyLoss()
+    for weight in (torch.rand(5), None, torch.rand(5)):
+        ours.weight = stock.weight = weight
+        torch.testing.assert_close(ours(x, target), stock(x, target))
+    del ours.weight
+    ours.weight = stock.weight = torch.rand(5)
+    assert "weight" not in ours._buffers
+    torch.testing.assert_close(ours(x, target), stock(x, target))
+
+
 def test_hooks() -> None:
     layer, seen = torchext.nn.LinearReLU(4, 5), []
     layer.register_forward_hook(lambda module, args, output: seen.append(output.shape))

@@ -69,8 +69,10 @@ def eager(
 
     def forward(ctx: Any, *args: Any) -> Tensor:
         output = run(*args)
-        ctx.owned = _hooks(False) is None
-        ctx.set_materialize_grads(False)  # zeros in its place would be NaN by a NaN
+        if _hooks(False) is not None:
+            ctx.owned = False
+        # set_materialize_grads, a call less: zeros in a gradient's place would be NaN by a NaN.
+        ctx.materialize_grads = False
         setup_context(ctx, args, output)
         return output[0] if several else output  # type: ignore[no-any-return]
 
@@ -85,6 +87,7 @@ def eager(
     function = make(op._opname, (torch.autograd.Function,), members)
     # What the engine calls; torch's own only looks for `vjp` before it calls backward. Saves 1 us.
     function._backward_cls.apply = back
+    function._backward_cls.owned = True  # of every ctx that says nothing else
     return fast_apply(function)
 
 
@@ -165,20 +168,24 @@ def unchanged(tensor: Tensor, version: int) -> Tensor:
     return tensor
 
 
-def came(wanted: Sequence[bool], needed: Sequence[bool]) -> bool:
-    """Whether forward made every gradient of three that backward needs."""
-    return (
-        (wanted[0] or not needed[0])
-        and (wanted[1] or not needed[1])
-        and (wanted[2] or not needed[2])
-    )
+def may_scale(
+    wanted: Sequence[bool], needed: Sequence[bool], dtype: torch.dtype, grad_loss: Tensor
+) -> bool:
+    """Whether gradients that forward made, times that of the loss, are what backward needs.
 
+    Not where one is missing, nor where bfloat16 would be rounded twice: by a power of two it is
+    not. On a GPU it may be: to look at the factor is to wait for it.
 
-def exact(dtype: torch.dtype, grad_loss: Tensor) -> bool:
-    """Whether gradients of a dtype may be multiplied by the loss's: bfloat16 is rounded twice.
-
-    By a power of two it is not. On a GPU it may be: to look at the factor is to wait for it.
+    Args:
+        wanted: which of three forward made.
+        needed: which of them backward needs.
+        dtype: theirs.
+        grad_loss: the gradient of the loss.
     """
+    if wanted != needed and any(
+        need and not want for want, need in zip(wanted, needed, strict=True)
+    ):
+        return False
     if dtype is not torch.bfloat16 or not grad_loss.is_cpu:
         return True
     look = _backend.ordinary(any_backend=True, autocast=True)

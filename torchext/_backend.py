@@ -31,6 +31,8 @@ FLOATING = frozenset({torch.float32, torch.float64, torch.bfloat16, torch.float1
 # Subclasses may mean anything (DTensor shards, FakeTensor has no data): these are plain memory.
 PLAIN = frozenset({Tensor, Parameter, Buffer})
 
+# The two halves of `torch.compiler.is_compiling`, which is two more calls.
+_compiler, _in_dynamo = torch.compiler, torch.compiler.is_dynamo_compiling
 _is_compiling = torch.compiler.is_compiling
 _functorch_active = torch._C._are_functorch_transforms_active
 _dispatch_modes = torch._C._len_torch_dispatch_stack
@@ -112,7 +114,8 @@ def ordinary(any_backend: bool = False, autocast: bool = False) -> bool:
     kernels would not serve may be ordinary too; where `autocast`, the caller has cast as it does.
     """
     return not (
-        _is_compiling()
+        _in_dynamo()
+        or _compiler._is_compiling_flag
         or _functorch_active()
         or forward_ad._current_level >= 0
         or _dispatch_modes()

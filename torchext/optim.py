@@ -16,6 +16,8 @@ __all__ = ["SGD"]
 _PLAIN = _backend.PLAIN
 # Stock refuses some factors that float32 does not hold.
 _MOST = torch.finfo(torch.float32).max
+_NUMBER = (float, int)
+_increment_version = torch._C._increment_version
 
 
 class SGD(torch.optim.SGD):
@@ -47,9 +49,15 @@ class SGD(torch.optim.SGD):
             What the closure returned, or None.
         """
         if closure is None and self._plain():
-            calls = [_arguments(group, self.state) for group in self.param_groups]
-            if None not in calls and _run(calls):  # type: ignore[arg-type]
-                return None
+            calls = []
+            for group in self.param_groups:
+                call = _arguments(group, self.state)
+                if call is None:
+                    break
+                calls.append(call)
+            else:
+                if _run(calls):
+                    return None
         return _stock_step()(self, closure)  # type: ignore[no-any-return]
 
     # The base class would wrap it for hooks and the profiler; `_plain` gives those the stock step.
@@ -90,11 +98,10 @@ def _arguments(group: dict[str, Any], state: dict[Tensor, Any]) -> tuple[Any, ..
         group["foreach"]
         or group["fused"]
         or group["differentiable"]
-        or isinstance(lr, Tensor)
-        or isinstance(momentum, Tensor)
-        or isinstance(dampening, Tensor)
-        or isinstance(weight_decay, Tensor)
-        or max(abs(lr), abs(momentum), abs(dampening), abs(weight_decay)) > _MOST
+        or not (isinstance(lr, _NUMBER) and -_MOST <= lr <= _MOST)
+        or not (isinstance(momentum, _NUMBER) and -_MOST <= momentum <= _MOST)
+        or not (isinstance(dampening, _NUMBER) and -_MOST <= dampening <= _MOST)
+        or not (isinstance(weight_decay, _NUMBER) and -_MOST <= weight_decay <= _MOST)
     ):
         return None
     params, grads, buffers = [], [], []
@@ -129,7 +136,7 @@ def _run(calls: list[tuple[Any, ...]]) -> bool:
                 _kernel(params, grads, buffers, *options)  # checks before it writes
             except RuntimeError:
                 return False
-            torch.autograd.graph.increment_version(params + buffers)
+            _increment_version(params + buffers if buffers else params)
     return True
 
 

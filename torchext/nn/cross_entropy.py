@@ -79,10 +79,12 @@ class CrossEntropyLoss(nn.CrossEntropyLoss):
 
     @torch.jit.unused
     def _eager(self, input: Tensor, target: Tensor) -> Tensor:
+        buffers = self._buffers  # see `LinearReLU`
+        weight = buffers["weight"] if "weight" in buffers else self.weight
         return cross_entropy(  # type: ignore[no-any-return]
             input,
             target,
-            weight=self.weight,
+            weight=weight,
             ignore_index=self.ignore_index,
             reduction=self.reduction,
             label_smoothing=self.label_smoothing,

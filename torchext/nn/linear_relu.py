@@ -1,5 +1,6 @@
 """`LinearReLU`: `nn.Linear` and `nn.ReLU` in one module."""
 
+import torch
 from torch import Tensor, nn
 
 from torchext.ops.linear_relu import linear_relu
@@ -27,4 +28,12 @@ class LinearReLU(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """Returns the activations of `input`."""
-        return linear_relu(input, self.weight, self.bias)
+        if torch.jit.is_scripting():  # type: ignore[attr-defined]
+            return linear_relu(input, self.weight, self.bias)
+        else:
+            # As nn.Module finds them, but that its __getattr__ is called after the usual look-up
+            # has raised: 1 us each. Where a parametrization serves them they are not here.
+            own = self._parameters
+            weight = own["weight"] if "weight" in own else self.weight
+            bias = own["bias"] if "bias" in own else self.bias
+            return linear_relu(input, weight, bias)  # type: ignore[arg-type]

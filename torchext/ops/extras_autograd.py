@@ -278,8 +278,7 @@ def backward(
     if (
         grad_loss is not None
         and grad_lse is None
-        and _autograd.came(came, needed)
-        and _autograd.exact(saved[0].dtype, grad_loss)
+        and _autograd.may_scale(came, needed, saved[0].dtype, grad_loss)
     ):
         made = [grad for grad in grads if grad is not None]
         scaled = _autograd.scaled(made, grad_loss, ctx.owned)

@@ -13,7 +13,7 @@ Siblings: {csrc/{ops,cpu},torchext/nn,triton_kernels,tests}/*linear_cross_entrop
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -35,6 +35,7 @@ from torchext.ops.linear_cross_entropy_call import (
     cast_by_autocast,
     fit,
     place_of,
+    usual,
 )
 
 _FLOAT32, _FLOAT64 = torch.float32, torch.float64
@@ -139,6 +140,13 @@ def linear_cross_entropy(
             ignore_index, label_smoothing,
         )  # fmt: skip
     try:
+        if usual(input, linear_weight, target, linear_bias, weight, reduction, ignore_index):
+            ignored = -100 if ignore_index is None else ignore_index
+            biased = linear_bias is not None and linear_bias.requires_grad
+            return _differentiable(
+                input, linear_weight, target, linear_bias, None, CODES[reduction], ignored,
+                label_smoothing, input.requires_grad, linear_weight.requires_grad, biased,
+            )  # fmt: skip
         loss = by_stock(
             input, linear_weight, target, linear_bias, weight, reduction, ignore_index,
             label_smoothing,
@@ -316,28 +324,27 @@ def _settle(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    input, linear_weight, target, linear_bias, weight, *options = inputs
-    ctx.options, ctx.wanted = options[:3], options[3:]
-    grads = output[2:] if True in ctx.wanted else ()
+    ctx.options, ctx.wanted = inputs[5:8], inputs[8:]
+    grads = output[2:] if True in inputs[8:] else ()
     if ctx.owned:  # nobody's but ours: they need no saving, which costs 1 us each
         ctx.grads, grads = grads, ()
     else:
         ctx.grads = ()
         ctx.mark_non_differentiable(*output[1:])
-    ctx.save_for_backward(input, linear_weight, target, linear_bias, weight, output[1], *grads)
+    ctx.to_save = (*inputs[:5], output[1], *grads)  # save_for_backward, a call less
 
 
 def _backward(
     ctx: Any, grad_loss: Tensor, *_: Tensor | None, kernel: Callable[..., Any] | None = None
 ) -> tuple[Tensor | None, ...]:
-    needed = ctx.needs_input_grad
-    needed = (needed[0], needed[1], needed[3])
+    first, second, _, third, *_ = ctx.needs_input_grad
+    needed = (first, second, third)
     plain = kernel is None and _autograd.plain_backward(ctx, grad_loss)
     grads = ctx.grads
     if (
         plain
         and grads
-        and _may_scale(ctx, grads, needed, grad_loss)
+        and _autograd.may_scale(ctx.wanted, needed, grads[0].dtype, grad_loss)
         and math.isfinite(value := grad_loss.item())  # see `_autograd.scaled`
     ):
         if _autograd.keeps_graph():
@@ -369,7 +376,7 @@ def _recomputed(
         )
     grad_loss = grad_loss.resolve_neg()
     saved = saved or ctx.grads
-    if saved and _may_scale(ctx, saved, needed, grad_loss):
+    if saved and _autograd.may_scale(ctx.wanted, needed, saved[0].dtype, grad_loss):
         scaled = _autograd.scaled(saved, grad_loss, ctx.owned)
         if scaled is not None:
             if not _autograd.keeps_graph():
@@ -378,13 +385,6 @@ def _recomputed(
     return run(  # type: ignore[no-any-return]
         grad_loss, input, linear_weight, target, linear_bias, weight, stats, *ctx.options, *needed
     )
-
-
-def _may_scale(
-    ctx: Any, grads: Sequence[Tensor], needed: tuple[bool, ...], grad_loss: Tensor
-) -> bool:
-    """Whether what forward made is every gradient that is needed, and may be multiplied."""
-    return _autograd.came(ctx.wanted, needed) and _autograd.exact(grads[0].dtype, grad_loss)
 
 
 if not _native.cpu_missing:

@@ -22,6 +22,7 @@ from torch.overrides import handle_torch_function, has_torch_function_variadic
 from torchext import _autograd, _backend, _errors, _native, _triton, reference
 
 _PLAIN, _FLOATING = _backend.PLAIN, _backend.FLOATING
+_grad_enabled = torch.is_grad_enabled
 
 
 def linear_relu(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -63,7 +64,7 @@ def linear_relu(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Te
 
 
 def _attempt(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """The call; what raises is settled."""
+    """The call; what raises is settled. Apart, because TorchScript reads no ``try``."""
     try:
         # The kernel itself refuses the other tensors' devices and layouts.
         if not (
@@ -77,8 +78,8 @@ def _attempt(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
             and (bias is None or (type(bias) in _PLAIN and not bias.is_neg()))
         ):
             return _unusual(input, weight, bias)
-        if torch.is_grad_enabled() and (
-            input.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
+        if _grad_enabled() and (
+            weight.requires_grad or input.requires_grad or (bias is not None and bias.requires_grad)
         ):
             return _differentiable(input, weight, bias)
         return _kernel(input, weight, bias)  # type: ignore[no-any-return]
@@ -179,7 +180,8 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     input, weight, _ = inputs
     needed = ctx.needs_input_grad
     # As stock: what is not needed may be changed, and an input that is not needed be forgotten.
-    ctx.save_for_backward(input if needed[1] else None, weight if needed[0] else None, output)
+    # save_for_backward, a call less.
+    ctx.to_save = (input if needed[1] else None, weight if needed[0] else None, output)
     ctx.unsaved = (None if needed[1] else input.shape, None if needed[0] else weight)
 
 
@@ -201,7 +203,12 @@ def _backward(
     else:
         run = _backward_op if run is None else run
         grads = run(grad_output.resolve_neg(), output, input, weight, *needed)
-    return _autograd.wanted(grads, needed)
+    first, second, third = grads  # `_autograd.wanted`, a call less
+    return (
+        first if needed[0] else None,
+        second if needed[1] else None,
+        third if needed[2] else None,
+    )
 
 
 if not _native.cpu_missing:
