@@ -14,6 +14,7 @@ from torchext import _autograd, _backend, _native
 __all__ = ["SGD"]
 
 _PLAIN = _backend.PLAIN
+_in_dynamo, _profiling = _backend._in_dynamo, _backend._profiling
 # Stock refuses some factors that float32 does not hold.
 _MOST = torch.finfo(torch.float32).max
 _NUMBER = (float, int)
@@ -69,7 +70,7 @@ class SGD(torch.optim.SGD):
         Args:
             set_to_none: whether they become None, or zeros.
         """
-        if not (set_to_none and _backend.ordinary()):
+        if not set_to_none or _in_dynamo() or _profiling():
             return super().zero_grad(set_to_none)
         for group in self.param_groups:
             for param in group["params"]:
