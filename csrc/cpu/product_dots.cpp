@@ -48,7 +48,7 @@ struct DotBlock {
 template <int kLanes, typename Value>
 TORCHEXT_INLINE Value sums_of_lanes(const Value (&rows)[kLanes]) {
   constexpr int kSmall = kSmallOf<Value>, kBlocks = kLanes / kSmall;
-  static_assert(kBlocks == 4);
+  static_assert(kBlocks == 2 || kBlocks == 4);
   constexpr auto kLanesOfAll = std::make_integer_sequence<int, kLanes>{};
   const auto add = [&](auto one, auto other, Value a, Value b) __attribute__((always_inline)) {
     return picked(one, a, b, kLanesOfAll) + picked(other, a, b, kLanesOfAll);
@@ -62,8 +62,12 @@ TORCHEXT_INLINE Value sums_of_lanes(const Value (&rows)[kLanes]) {
       block[b] = add(kLow, kHigh, block[b], add(kFirst<kSmall>, kSecond<kSmall>, row[2], row[3]));
     }
   }
-  return add(kEven<kSmall>, kOdd<kSmall>, add(kLower, kUpper, block[0], block[1]),
-             add(kLower, kUpper, block[2], block[3]));
+  const Value first = add(kLower, kUpper, block[0], block[1]);
+  if constexpr (kBlocks == 2) {
+    return first;
+  } else {
+    return add(kEven<kSmall>, kOdd<kSmall>, first, add(kLower, kUpper, block[2], block[3]));
+  }
 }
 
 // `steps` inner steps of kRows rows, `left` being the first of them, and kColumns columns: into
@@ -116,8 +120,12 @@ TORCHEXT_INLINE void dot_tile(Matrix<const scalar_t> left, Matrix<const scalar_t
 
 template <int kLanes, int kColumns, typename scalar_t>
 TORCHEXT_INLINE void dot_columns(const DotBlock<scalar_t>& block) {
+  static_assert(kColumns <= kLanes);  // the bias and ReLU of a row are a vector's
   using Value = simd::Vector<scalar_t, kLanes>;
-  constexpr int kRows = kColumns <= 2 ? 8 : kColumns <= 4 ? 4 : 2;
+  // Of 32 registers half are sums, of AVX2's 16 as well.
+  constexpr bool kWide = kLanes * sizeof(scalar_t) == simd::Avx512::kBytes;
+  constexpr int kNarrowRows = kColumns == 1 ? 8 : kColumns == 2 ? 4 : kColumns <= 4 ? 2 : 1;
+  constexpr int kRows = !kWide ? kNarrowRows : kColumns <= 2 ? 8 : kColumns <= 4 ? 4 : 2;
   const Product<scalar_t>& p = *block.product;
   const int64_t rows = block.row_end - block.row;
   const int64_t stretches = divide_up(p.inner, kStretch<scalar_t>);
@@ -171,16 +179,25 @@ TORCHEXT_INLINE void dot_columns(const DotBlock<scalar_t>& block) {
 
 #if defined(__x86_64__)
 template <typename scalar_t, int kColumns>
-[[gnu::target("arch=x86-64-v4"), gnu::noinline]] void run_block(const DotBlock<scalar_t>& block) {
+[[gnu::target("arch=x86-64-v4"), gnu::noinline]] void block_avx512(
+    const DotBlock<scalar_t>& block) {
   dot_columns<simd::kLanesOf<simd::Avx512, scalar_t>, kColumns>(block);
+}
+
+template <typename scalar_t, int kColumns>
+[[gnu::target("arch=x86-64-v3"), gnu::noinline]] void block_avx2(const DotBlock<scalar_t>& block) {
+  dot_columns<simd::kLanesOf<simd::Avx2, scalar_t>, kColumns>(block);
 }
 
 template <typename scalar_t, int... kIndex>
 void run_columns(const DotBlock<scalar_t>& block, int64_t columns,
                  std::integer_sequence<int, kIndex...>) {
-  static constexpr void (*kFunctions[])(const DotBlock<scalar_t>&) = {
-      run_block<scalar_t, kIndex + 1>...};
-  kFunctions[columns - 1](block);
+  using Function = void (*)(const DotBlock<scalar_t>&);
+  static constexpr Function kWide[] = {block_avx512<scalar_t, kIndex + 1>...};
+  constexpr int kLanes = simd::kLanesOf<simd::Avx2, scalar_t>;
+  static constexpr Function kNarrow[] = {block_avx2<scalar_t, std::min(kIndex + 1, kLanes)>...};
+  const bool wide = simd::level() == simd::Level::kAvx512;
+  (wide ? kWide : kNarrow)[columns - 1](block);
 }
 #endif
 
@@ -203,7 +220,12 @@ void Product<scalar_t>::run_dots() const {
   const int64_t shares =
       std::clamp<int64_t>(std::max(read / kReadGrain, rows * read / kGrain), 1, threads);
   const int64_t row_blocks = divide_up(rows, kBlockRows);
-  const int64_t column_blocks = divide_up(columns, int64_t{kMostColumns});
+  // With AVX2 half as many sums fit: 4 columns of 2 rows are less to load than 8 of one. Never more
+  // than a vector has lanes.
+  const bool half =
+      simd::level() != simd::Level::kAvx512 && (rows > 1 || std::is_same_v<scalar_t, double>);
+  const int64_t most = half ? kMostColumns / 2 : kMostColumns;
+  const int64_t column_blocks = divide_up(columns, most);
   const int64_t count = row_blocks * column_blocks;
   for_each_block(count, divide_up(count, shares), [&](int64_t begin, int64_t end) {
     // A vector's stores may go past the last row.
@@ -211,10 +233,10 @@ void Product<scalar_t>::run_dots() const {
     scalar_t* copy = scratch<scalar_t>(1, kMostColumns * kCopied<scalar_t>);
     for (int64_t i = begin; i < end; ++i) {
       const int64_t across = i % column_blocks, down = i / column_blocks;
-      const int64_t column = across * kMostColumns;
+      const int64_t column = across * most;
       run_columns<scalar_t>({this, share(rows, row_blocks, down), share(rows, row_blocks, down + 1),
                              column, sums, copy},
-                            std::min<int64_t>(columns - column, kMostColumns),
+                            std::min(columns - column, most),
                             std::make_integer_sequence<int, kMostColumns>{});
     }
   });
