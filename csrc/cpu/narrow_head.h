@@ -4,6 +4,7 @@
 #pragma once
 
 #include <algorithm>
+#include <type_traits>
 #include <vector>
 
 #include "cpu/dispatch.h"
@@ -84,14 +85,26 @@ TORCHEXT_INLINE void head_grad_input(const HeadArgs<scalar_t>& args, int64_t row
   const scalar_t* grad = args.logits + row * kHeadClasses;
   scalar_t* result = args.grad_input + row * args.features;
   int64_t k = 0;
-  for (; k + kLanes <= args.features; k += kLanes) {
-    Acc sum[kRows] = {};
-    for (int64_t c = 0; c < args.classes; ++c) {
-      const Acc weight = simd::load<kLanes>(args.weight + c * args.weight_stride + k);
-      for (int i = 0; i < kRows; ++i) sum[i] += grad[i * kHeadClasses + c] * weight;
+  // Two vectors at a time: sums enough to hide the additions' latency.
+  const auto run = [&](auto vectors) __attribute__((always_inline)) {
+    for (; k + vectors * kLanes <= args.features; k += vectors * kLanes) {
+      Acc sum[kRows][vectors] = {};
+      for (int64_t c = 0; c < args.classes; ++c) {
+        const scalar_t* row_of_weight = args.weight + c * args.weight_stride + k;
+        for (int v = 0; v < vectors; ++v) {
+          const Acc weight = simd::load<kLanes>(row_of_weight + v * kLanes);
+          for (int i = 0; i < kRows; ++i) sum[i][v] += grad[i * kHeadClasses + c] * weight;
+        }
+      }
+      for (int i = 0; i < kRows; ++i) {
+        for (int v = 0; v < vectors; ++v) {
+          simd::store<kLanes>(result + i * args.features + k + v * kLanes, sum[i][v]);
+        }
+      }
     }
-    for (int i = 0; i < kRows; ++i) simd::store<kLanes>(result + i * args.features + k, sum[i]);
-  }
+  };
+  run(std::integral_constant<int, 2>{});
+  run(std::integral_constant<int, 1>{});
   for (; k < args.features; ++k) {
     for (int i = 0; i < kRows; ++i) {
       scalar_t sum = 0;
@@ -149,12 +162,33 @@ TORCHEXT_INLINE void head_backward_blocks(const HeadArgs<scalar_t>& args, int64_
     }
     if (args.weight_sums) {
       scalar_t* sums = args.weight_sums + block * args.classes * args.features;
-      int64_t c = 0;
-      for (; c + 4 <= args.classes; c += 4) {
-        head_grad_weight<Isa, scalar_t, 4>(args, first, last, c, sums);
-      }
-      for (; c < args.classes; ++c) {
-        head_grad_weight<Isa, scalar_t, 1>(args, first, last, c, sums);
+      // Groups of about as many classes, up to what registers hold the sums of: ten are two of 5.
+      constexpr int kMost = 6;
+      const int64_t groups = (args.classes + kMost - 1) / kMost;
+      for (int64_t group = 0; group < groups; ++group) {
+        const int64_t c = args.classes * group / groups;
+        const auto run = [&](auto count) __attribute__((always_inline)) {
+          head_grad_weight<Isa, scalar_t, count>(args, first, last, c, sums);
+        };
+        switch (args.classes * (group + 1) / groups - c) {
+          case 1:
+            run(std::integral_constant<int, 1>{});
+            break;
+          case 2:
+            run(std::integral_constant<int, 2>{});
+            break;
+          case 3:
+            run(std::integral_constant<int, 3>{});
+            break;
+          case 4:
+            run(std::integral_constant<int, 4>{});
+            break;
+          case 5:
+            run(std::integral_constant<int, 5>{});
+            break;
+          default:
+            run(std::integral_constant<int, kMost>{});
+        }
       }
     }
     if (args.bias_sums) {
