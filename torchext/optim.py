@@ -14,7 +14,8 @@ from torchext import _autograd, _backend, _native
 __all__ = ["SGD"]
 
 _PLAIN = _backend.PLAIN
-_in_dynamo, _profiling = _backend._in_dynamo, _backend._profiling
+_in_dynamo = torch.compiler.is_dynamo_compiling
+_profiling = torch._C._autograd._profiler_enabled
 # Stock refuses some factors that float32 does not hold.
 _MOST = torch.finfo(torch.float32).max
 _NUMBER = (float, int)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -132,22 +134,15 @@ class LinearCrossEntropyLoss(nn.Module):
         own = linear._parameters
         linear_weight: Tensor = own["weight"] if "weight" in own else linear.weight
         linear_bias: Tensor | None = own["bias"] if "bias" in own else linear.bias
-        if self.plain and not self.out_features:
-            return linear_cross_entropy(  # type: ignore[no-any-return]
-                input,
-                linear_weight,
-                target,
-                linear_bias=linear_bias,
-                weight=weight,
-                reduction=self.reduction,
-                ignore_index=self.ignore_index,
-                label_smoothing=self.label_smoothing,
-            )
         if self.out_features:
             inner = (self.num_classes, *self.out_features)
             linear_weight = linear_weight.reshape((*inner, linear.in_features))
             linear_bias = None if linear_bias is None else linear_bias.reshape(inner)
-        return linear_cross_entropy(  # type: ignore[no-any-return]
+        # Not `**` of none, which makes a dict of all: 1.8 us of 29.
+        run: Callable[..., Tensor] = linear_cross_entropy
+        if not self.plain:
+            run = partial(run, **self.extras)
+        return run(
             input,
             linear_weight,
             target,
@@ -156,7 +151,6 @@ class LinearCrossEntropyLoss(nn.Module):
             reduction=self.reduction,
             ignore_index=self.ignore_index,
             label_smoothing=self.label_smoothing,
-            **self.extras,
         )
 
     def extra_repr(self) -> str:

@@ -203,12 +203,7 @@ def _backward(
     else:
         run = _backward_op if run is None else run
         grads = run(grad_output.resolve_neg(), output, input, weight, *needed)
-    first, second, third = grads  # `_autograd.wanted`, a call less
-    return (
-        first if needed[0] else None,
-        second if needed[1] else None,
-        third if needed[2] else None,
-    )
+    return _autograd.wanted(grads, needed)
 
 
 if not _native.cpu_missing:
