@@ -22,9 +22,9 @@ struct Matrix {
 // out (rows, columns) = left (rows, inner) @ right (inner, columns), and then, where asked for,
 // plus what stood in out, plus bias (columns), and ReLU (NaN stays NaN). Each element is summed
 // over `inner` in an order that depends on nothing but `inner`, the instruction set and, of few
-// columns, or of small products on Intel's processors and with AVX2, the right matrix's layout and
-// how many columns it has (`dots_serve`), of one column both matrices': neither on the threads nor
-// on the other rows. out: column_stride 1.
+// columns, or of small products, the right matrix's layout and how many columns it has
+// (`dots_serve`), of one column both matrices': neither on the threads nor on the other rows. out:
+// column_stride 1.
 template <typename scalar_t>
 struct Product {
   Matrix<scalar_t> out;
@@ -53,6 +53,9 @@ struct Product {
 };
 template <>
 void Product<torch::headeronly::BFloat16>::run_as_pairs() const;
+
+// Whether this is one of Intel's processors: what MKL is fast at there it is not elsewhere.
+bool is_intel();
 
 // Whether our own kernel is the faster one on this machine for a product.
 template <typename scalar_t>

@@ -21,23 +21,15 @@ constexpr int64_t kManyRows = 512;
 constexpr int64_t kManyRowsAvx2 = 2048;
 constexpr int64_t kShortRight = int64_t{256} << 10;
 
-// Vectors of inner steps from which on dot products are taken on Intel's processors, and where rows
-// begin anywhere, not at cache lines.
+// Vectors of inner steps from which on dot products are taken with AVX-512, and where rows begin
+// anywhere, not at cache lines, on Intel's processors and elsewhere.
 constexpr int64_t kShortestDots = 16;
-constexpr int64_t kLongDots = 40;
+constexpr int64_t kLongDotsIntel = 40;
+constexpr int64_t kLongDots = 20;
 // Columns up to which they are taken with AVX2 alone, and vectors (of AVX-512) of inner steps from
 // which on for more columns.
 constexpr int64_t kFewColumns = 12;
 constexpr int64_t kLongDotsAvx2 = 64;
-
-bool is_intel() {
-#if defined(__x86_64__)
-  static const bool here = __builtin_cpu_is("intel");
-  return here;
-#else
-  return false;
-#endif
-}
 
 // Whether the library multiplies these 16-bit numbers by instructions of their own: what it does
 // without them, or oneDNN in their place, is slower than float32.
@@ -73,6 +65,15 @@ int64_t small_product() {
 }
 
 }  // namespace
+
+bool is_intel() {
+#if defined(__x86_64__)
+  static const bool here = __builtin_cpu_is("intel");
+  return here;
+#else
+  return false;
+#endif
+}
 
 // In float32 and float64: measured on Zen 5 (2 cores, float32, GFLOP/s of ours and of MKL 2024.2,
 // which takes AVX2 there): 1024 x 1024 x 1024 445 and 208, 512 x 512 x 32000 400 and 200,
@@ -115,13 +116,19 @@ bool product_serves(const Product<scalar_t>& product) {
          product.inner * product.columns * kBytes < kShortRight;
 }
 
-// Small products on Intel's processors, where large ones of many rows are packed (4096 x 784 x 64
+// Small products, where large ones of many rows are packed (on Intel's processors 4096 x 784 x 64
 // takes 1.23 of its time by dot products). Of eager's time, forward on 2 cores of an Intel Xeon of
 // family 6, model 207, by dot products and by product_kernel.h or product_few.cpp: float32 1 x 784
 // x 256 0.89 and 1.4, 2 x 784 x 256 1.0 to 1.15 and 1.8, 4 x 784 x 256 0.83 and 1.45, 12 x 2048 x
 // 16 0.8 and 1.3, 100 x 784 x 64 0.85 and 0.85, 300 x 256 x 64 0.93 and 0.83; of rows that begin
 // anywhere 2 x 700 x 256 1.2 and 1.6, 300 x 700 x 64 0.97 and 0.78, but 300 x 300 x 64 1.12 and
 // 0.8.
+//
+// The same on 2 cores of Zen 4: float32 1 x 784 x 64 0.86 and 1.29, 2 x 784 x 100 0.50 and 1.21, 8
+// x 784 x 64 0.70 and 1.08, 1 x 2047 x 64 0.85 and 2.68, 100 x 784 x 64 0.69 to 0.82 and 0.79, 1 x
+// 256 x 100 0.90 and 1.15, but 300 x 256 x 64 0.91 and 0.82; float64 2 x 784 x 100 0.64 and 1.41, 2
+// x 128 x 512 0.62 and 1.32; of rows that begin anywhere 2 x 700 x 100 0.51 and 1.23, 300 x 333 x
+// 64 0.95 and 0.81, but 300 x 250 x 64 1.03 and 0.83.
 //
 // Elsewhere, where large ones are our own as well, any of few columns: the same on 2 cores of Zen 5
 // 1 x 2048 x 1 1.07 and 1.5, 1000 x 128 x 2 0.56 and 1.5, 64 x 2048 x 2 0.58 and 2.1, 1 x 8192 x 24
@@ -148,12 +155,14 @@ bool dots_serve(const Product<scalar_t>& product) {
     }
     return inner >= (columns <= 4 ? 2 : columns <= 7 ? 4 : 8) * kLanes;
   }
-  if (!is_intel()) {
-    const int64_t vectors = columns <= 4 ? 2 : columns <= 12 ? 8 : 32;
-    return columns <= kLanes * 3 / 2 && inner >= vectors * kLanes;
+  const int64_t from = inner % kLanes == 0 ? kShortestDots
+                       : is_intel()        ? kLongDotsIntel
+                                           : kLongDots;
+  if (inner >= from * kLanes && product.rows * inner * columns <= small_product<scalar_t>()) {
+    return true;
   }
-  return inner >= (inner % kLanes == 0 ? kShortestDots : kLongDots) * kLanes &&
-         product.rows * inner * columns <= small_product<scalar_t>();
+  const int64_t vectors = columns <= 4 ? 2 : columns <= 12 ? 8 : 32;
+  return !is_intel() && columns <= kLanes * 3 / 2 && inner >= vectors * kLanes;
 }
 
 template bool dots_serve(const Product<float>& product);
