@@ -32,7 +32,7 @@ FEW += [(dtype, (272, columns)) for columns in range(1, 14) for dtype, _ in FEW[
 FEW += [(dtype, (600, columns)) for columns in (12, 13, 25) for dtype, _ in FEW[:2]]
 FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 for dtype in FLOATING:
-    FEW += [(dtype, shape) for shape in ((784, 16), (300, 41), (18, 19), (10, 70))]
+    FEW += [(dtype, shape) for shape in ((784, 16), (300, 41), (18, 19), (10, 70), (3, 33))]
 
 
 def results(input: Tensor, weight: Tensor, bias: Tensor, upstream: Tensor) -> list[Tensor]:
@@ -96,7 +96,8 @@ def test_few_rows_have_the_bits_of_many(
     inner, columns = shape
     input, weight = torch.randn(20, inner, dtype=dtype), torch.randn(columns, inner, dtype=dtype)
     bias = torch.randn(columns, dtype=dtype)
-    strided = torch.randn(columns, 2 * inner, dtype=dtype)[:, :inner]
+    strided = torch.full((columns, 2 * inner), torch.nan, dtype=dtype)[:, :inner]
+    strided.copy_(weight)
     for matrix in (weight, strided):
         whole = torchext.linear_relu(input, matrix, bias)
         for rows in range(1, 14):

@@ -27,11 +27,19 @@ TORCHEXT_INLINE void pack_panel(Matrix<const scalar_t> from, int64_t inner, int6
     const bool blocks = turns_blocks<scalar_t, kLanes>(from.column_stride);
     for (int64_t i = 0; i < count; i += kLanes) {
       const int64_t last = std::min<int64_t>(kLanes, count - i) - 1;  // again in the lanes past it
-      int64_t k = 0;
-      for (; k + kLanes <= inner; k += kLanes) {
-        Value square[kLanes];
+      const int64_t stride = from.column_stride;
+      Value square[kLanes];
+      if (inner < kLanes) {
+        const auto row_or_last = [&](int l) __attribute__((always_inline)) {
+          return from.at(0, i) + std::min<int64_t>(l, last) * stride;
+        };
+        load_short_turned<kLanes, scalar_t>(row_or_last, inner, square);
+        for (int64_t k = 0; k < inner; ++k) simd::store<kLanes>(to + k * kPanel + i, square[k]);
+        continue;
+      }
+      for (int64_t begin = 0; begin < inner; begin += kLanes) {
+        const int64_t k = std::min(begin, inner - kLanes);  // the last square overlaps
         const scalar_t* first = from.at(k, i);
-        const int64_t stride = from.column_stride;
         // Four from one address: see product_tile.
         const auto row = [&](int l) __attribute__((always_inline)) {
           return (first + l / 4 * 4 * stride) + l % 4 * stride;
@@ -51,11 +59,6 @@ TORCHEXT_INLINE void pack_panel(Matrix<const scalar_t> from, int64_t inner, int6
         }
 #pragma GCC unroll 16
         for (int l = 0; l < kLanes; ++l) simd::store<kLanes>(to + (k + l) * kPanel + i, square[l]);
-      }
-      for (; k < inner; ++k) {
-        for (int64_t l = 0; l < kLanes; ++l) {
-          to[k * kPanel + i + l] = wide(*from.at(k, i + std::min(l, last)));
-        }
       }
     }
     return;

@@ -120,7 +120,16 @@ TORCHEXT_INLINE void load_turned(Row row,
   transpose_square(turned);
 }
 
-// The same of float32 in AVX-512, where the blocks of 16 bytes are put where they belong as they
+// The same of rows of `count` numbers, fewer than kLanes: zeros stand past them.
+template <int kLanes, typename scalar_t, typename Row>
+TORCHEXT_INLINE void load_short_turned(Row row, int64_t count,
+                                       simd::Vector<acc_type<scalar_t>, kLanes> (&turned)[kLanes]) {
+#pragma GCC unroll 16
+  for (int l = 0; l < kLanes; ++l) turned[l] = simd::load_tail<kLanes>(row(l), count, 0);
+  transpose_square(turned);
+}
+
+// A square of float32 in AVX-512, where the blocks of 16 bytes are put where they belong as they
 // are loaded: half the shuffles are left, for which Intel's processors have one port. linear_relu
 // forward of 4 x 784 x 64 takes 14 us so and 18, of 4 x 300 x 256 20 and 26 (2 cores of a Xeon of
 // family 6, model 207). Each line is read four times, so the rows must not all begin in one set of
