@@ -328,6 +328,7 @@ def test_opcheck_linear_relu() -> None:
     x, w, y = torch.randn(3, 4), torch.randn(5, 4), torch.randn(3, 5)
     for needed in ((True, True, True), (False, True, False), (True, False, True)):
         torch.library.opcheck(backward, (y.sin(), y.relu(), x, w, *needed))
+    torch.library.opcheck(backward, (y.sin(), y.relu(), w, w, True, False, True))  # x is not read
     torch.library.opcheck(backward, (y[:1].expand(3, 5), y, x, w, True, True, True))
     torch.library.opcheck(backward, (y.t().contiguous().t(), y, x, w, True, True, True))
 

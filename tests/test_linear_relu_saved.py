@@ -48,3 +48,19 @@ def test_an_input_that_no_gradient_needs_is_let_go() -> None:
     (gradient,) = torch.autograd.grad(output.sum(), x)
     (expected,) = torch.autograd.grad(F.relu(F.linear(x * 2, weight)).sum(), x)
     torch.testing.assert_close(gradient, expected)
+
+
+@pytest.mark.parametrize("leading", [(), (7,), (0,), (2, 3)], ids=str)
+def test_without_the_weights_gradient_the_input_is_not_read(leading: tuple[int, ...]) -> None:
+    """The operator takes the weight in its place, whatever the shapes."""
+    backward = torch.ops.torchext.linear_relu_backward
+    input, weight = torch.randn(*leading, 9), torch.randn(5, 9)
+    output, upstream = torch.randn(*leading, 5), torch.randn(*leading, 5)
+    expected = backward(upstream, output, input, weight, True, False, True)
+    actual = backward(upstream, output, weight, weight, True, False, True)
+    for grad, other in zip(actual, expected, strict=True):
+        assert grad.shape == other.shape and torch.equal(grad, other)
+    assert actual[0].shape == input.shape
+    for wrong in (torch.randn(*leading, 4), torch.randn(3, *leading, 5), output.double()):
+        with pytest.raises(RuntimeError, match="linear_relu_backward: expected"):
+            backward(wrong, output, weight, weight, True, False, True)

@@ -235,13 +235,17 @@ def linear_relu_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Returns the gradients of input, weight and bias; one that is not asked for has no elements.
 
+    Without `weight_grad` nothing is read of `input`, and `weight` may stand in its place.
     Bytes moved: `linear_relu_gemm_kernel`'s for each of the first two; 2 e M N for the bias's.
     """
+    read = input if weight_grad else weight
     if (
-        not _served(input, weight, None)
-        or output.shape != (*input.shape[:-1], weight.shape[0])
+        not _served(read, weight, None)
+        or output.dim() < 1
+        or output.shape[-1] != weight.shape[0]
+        or (weight_grad and output.shape[:-1] != input.shape[:-1])
         or grad_output.shape != output.shape
-        or not grad_output.dtype == output.dtype == input.dtype
+        or not grad_output.dtype == output.dtype == weight.dtype
     ):
         refuse(
             lambda: torch.ops.torchext.linear_relu_backward.default,
@@ -249,8 +253,8 @@ def linear_relu_backward(
             (grad_output, output, input, weight, input_grad, weight_grad, bias_grad),
         )
     n, k = weight.shape
-    rows = math.prod(input.shape[:-1])
-    grad_input = input.new_empty(input.shape if input_grad else (0,))
+    rows = math.prod(output.shape[:-1])
+    grad_input = weight.new_empty((*output.shape[:-1], k) if input_grad else (0,))
     grad_weight = weight.new_empty(weight.shape if weight_grad else (0,))
     grad_bias = weight.new_empty((n,) if bias_grad else (0,))
     grad = grad_output.reshape(rows, n)

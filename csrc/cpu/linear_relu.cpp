@@ -229,14 +229,15 @@ std::tuple<Tensor, Tensor, Tensor> linear_relu_backward_cpu(const Tensor& grad_o
   check_memory(
       "linear_relu_backward",
       {{"grad_output", &grad_output}, {"output", &output}, {"input", &input}, {"weight", &weight}});
-  const LinearShape shape = check_linear_relu(input, weight, std::nullopt);
-  check_linear_relu_backward(grad_output, output, input, shape);
+  const LinearShape shape =
+      check_linear_relu_backward(grad_output, output, input, weight, weight_grad);
   const int64_t rows = shape.rows;
   const int64_t columns = shape.out_features;
   // Before what is returned: freed from between the others, the C library keeps its memory for the
   // next call, where it would give the heap's end back to the system and fault it in again.
   const Tensor grad_linear = empty_like(grad_output, {rows, columns});
-  Tensor grad_input = empty_like(input, input_grad ? sizes_of(input) : std::vector<int64_t>{0});
+  Tensor grad_input = empty_like(
+      grad_output, input_grad ? input_sizes(grad_output, shape) : std::vector<int64_t>{0});
   Tensor grad_weight = empty_like(weight, weight_grad ? sizes_of(weight) : std::vector<int64_t>{0});
   Tensor grad_bias = empty_like(weight, {bias_grad ? columns : 0});
   const Tensor grad = as_contiguous(grad_output);

@@ -68,15 +68,15 @@ std::tuple<Tensor, Tensor, Tensor> linear_relu_backward_cuda(const Tensor& grad_
   cuda::check_memory(
       "linear_relu_backward", input,
       {{"grad_output", &grad_output}, {"output", &output}, {"input", &input}, {"weight", &weight}});
-  const LinearShape shape = check_linear_relu(input, weight, std::nullopt);
-  check_linear_relu_backward(grad_output, output, input, shape);
+  const LinearShape shape =
+      check_linear_relu_backward(grad_output, output, input, weight, weight_grad);
   const auto guard = cuda::on_device_of(input);
   const Dtype dtype = cuda::dtype_of(input, "linear_relu");
   const cudaStream_t stream = cuda::current_stream(input);
   const int64_t rows = shape.rows;
   const int64_t columns = shape.out_features;
-  const Tensor grad_input =
-      empty_like(input, input_grad ? sizes_of(input) : std::vector<int64_t>{0});
+  const Tensor grad_input = empty_like(
+      grad_output, input_grad ? input_sizes(grad_output, shape) : std::vector<int64_t>{0});
   const Tensor grad_weight =
       empty_like(weight, weight_grad ? sizes_of(weight) : std::vector<int64_t>{0});
   const Tensor grad_bias = empty_like(weight, {bias_grad ? columns : 0});

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <optional>
+#include <vector>
 
 #include "common/checks.h"
 #include "common/stable.h"
@@ -50,19 +51,35 @@ inline LinearShape check_linear_relu(const Tensor& input, const Tensor& weight,
   return {rows, in_features, out_features};
 }
 
-inline void check_linear_relu_backward(const Tensor& grad_output, const Tensor& output,
-                                       const Tensor& input, const LinearShape& shape) {
+// An input is read for the weight's gradient alone: without it the weight may stand in its place.
+inline LinearShape check_linear_relu_backward(const Tensor& grad_output, const Tensor& output,
+                                              const Tensor& input, const Tensor& weight,
+                                              bool weight_grad) {
+  LinearShape shape = check_linear_relu(weight_grad ? input : weight, weight, std::nullopt);
+  const int64_t dimensions = weight_grad ? input.dim() : grad_output.dim();
+  if (!weight_grad) {
+    shape.rows = 1;
+    for (int64_t i = 0; i + 1 < dimensions; ++i) shape.rows *= grad_output.size(i);
+  }
   for (const Tensor* tensor : {&grad_output, &output}) {
     const char* name = tensor == &output ? "output" : "grad_output";
-    TORCHEXT_CHECK(tensor->dim() == input.dim() &&
+    TORCHEXT_CHECK(dimensions >= 1 && tensor->dim() == dimensions &&
                        tensor->numel() == shape.rows * shape.out_features &&
-                       tensor->size(tensor->dim() - 1) == shape.out_features,
+                       tensor->size(dimensions - 1) == shape.out_features,
                    "linear_relu_backward: expected ", name, " of ", shape.rows, " x ",
                    shape.out_features, " elements, but got shape ", shape_string(*tensor));
-    TORCHEXT_CHECK(tensor->scalar_type() == input.scalar_type(), "linear_relu_backward: expected ",
-                   name, " of input's dtype (", dtype_string(input), "), but got ",
+    TORCHEXT_CHECK(tensor->scalar_type() == weight.scalar_type(), "linear_relu_backward: expected ",
+                   name, " of input's dtype (", dtype_string(weight), "), but got ",
                    dtype_string(*tensor));
   }
+  return shape;
+}
+
+// The sizes of the input whose gradient is made.
+inline std::vector<int64_t> input_sizes(const Tensor& grad_output, const LinearShape& shape) {
+  std::vector<int64_t> sizes = sizes_of(grad_output);
+  sizes.back() = shape.in_features;
+  return sizes;
 }
 
 }  // namespace torchext

@@ -145,8 +145,9 @@ def _fake_backward(
     weight_grad: bool,
     bias_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    shape = (*grad_output.shape[:-1], weight.shape[1])
     return (
-        input.new_empty(input.shape if input_grad else (0,)),
+        weight.new_empty(shape if input_grad else (0,)),
         weight.new_empty(weight.shape if weight_grad else (0,)),
         weight.new_empty((weight.shape[0],) if bias_grad else (0,)),
     )
@@ -166,7 +167,7 @@ def _reference_backward(
     By the output, as stock: through it all arguments are in the graph, with a derivative of 0.
     """
     masked = torch.ops.aten.threshold_backward(grad_output, output, 0)
-    count = input.shape[:-1].numel()
+    count = masked.shape[:-1].numel()
     rows = masked.reshape(count, masked.shape[-1])
     nothing = grad_output
     return (
@@ -182,7 +183,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     # As stock: what is not needed may be changed, and an input that is not needed be forgotten.
     # save_for_backward, a call less.
     ctx.to_save = (input if needed[1] else None, weight if needed[0] else None, output)
-    ctx.unsaved = (None if needed[1] else input.shape, None if needed[0] else weight)
+    ctx.unsaved = None if needed[0] else weight
 
 
 def _backward(
@@ -190,12 +191,11 @@ def _backward(
 ) -> tuple[Tensor | None, ...]:
     input, weight, output = ctx.saved_tensors
     needed = ctx.needs_input_grad
-    # The kernel looks at the shapes of what it does not read.
-    shape, unsaved = ctx.unsaved
-    if shape is not None:
-        input = output.new_empty(()).expand(shape)
-    if unsaved is not None:
-        weight = unsaved
+    # The kernel looks at the weight's shape, and only for its gradient at the input.
+    if not needed[0]:
+        weight = ctx.unsaved
+    if not needed[1]:
+        input = weight
     if run is None and _autograd.plain_backward(ctx, grad_output):
         grads = _backward_kernel(grad_output, output, input, weight, *needed)
     elif _autograd.wants_reference(grad_output, ctx.owned):
