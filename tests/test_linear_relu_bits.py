@@ -20,19 +20,24 @@ SHAPES = [(100, 784, 64), (7, 300, 33), (301, 513, 70), (130, 20, 4200), (150, 1
 CASES = [(dtype, shape) for dtype in (torch.float32, torch.float64) for shape in SHAPES]
 # The last ones are of several visits of out, and of several pieces.
 MORE = [(70, 4100, 520), (1030, 600, 258), (1100, 2050, 40), (20, 2050, 4200)]
+for wide in (torch.float32, torch.float64):
+    if _native.own_products(wide):  # large ones, too: of few rows and of many by the same sums
+        CASES += [(wide, shape) for shape in [(400, 784, 64), (4200, 260, 80), *MORE]]
 for narrow in (torch.bfloat16, torch.float16):
     if narrow == torch.bfloat16 and _native.multiplies_pairs():
         even = [(100, 784, 64), (7, 300, 34), (301, 514, 70)]  # odd sums are the library's
         CASES += [(narrow, shape) for shape in even + MORE]
     elif _native.own_products(narrow):
         CASES += [(narrow, shape) for shape in SHAPES + MORE]
+    if _native.own_products(narrow) or (narrow == torch.bfloat16 and _native.multiplies_pairs()):
+        CASES += [(narrow, shape) for shape in [(301, 2048, 2), (1100, 2050, 4), (70, 4100, 8)]]
 # inner and columns of products of few rows; in narrow numbers few enough to be always our own.
 FEW = [(torch.float32, (2500, 24)), (torch.float64, (2500, 24))]
 FEW += [(dtype, (272, columns)) for columns in range(1, 14) for dtype, _ in FEW[:2]]
 FEW += [(dtype, (600, columns)) for columns in (12, 13, 25) for dtype, _ in FEW[:2]]
 FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 for dtype in FLOATING:
-    FEW += [(dtype, shape) for shape in ((784, 16), (300, 41), (18, 19), (10, 70), (3, 33))]
+    FEW += [(dtype, shape) for shape in ((784, 16), (300, 41), (18, 19), (10, 70), (3, 33), (2047, 3))]
 
 
 def results(input: Tensor, weight: Tensor, bias: Tensor, upstream: Tensor) -> list[Tensor]:

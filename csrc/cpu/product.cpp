@@ -216,13 +216,12 @@ void Product<scalar_t>::run() const {
   using acc_t = acc_type<scalar_t>;
   constexpr bool kNarrow = !std::is_same_v<scalar_t, acc_t>;
   if (rows == 0 || columns == 0) return;
+  const bool dots = dots_serve(*this);
   if constexpr (std::is_same_v<scalar_t, simd::BFloat16>) {
-    if (pairs_serve(*this)) return run_as_pairs();
+    if (!dots && pairs_serve(*this)) return run_as_pairs();
   }
   if (better_turned()) return run_turned();
-  if constexpr (!kNarrow) {
-    if (dots_serve(*this)) return run_dots();
-  }
+  if (dots) return run_dots();
   const Parts<acc_t> parts(inner);
   const bool keeps_sums = kNarrow && parts.visits > 1;
   if (keeps_sums && (rows > kRowsOfSums || columns > kColumnsOfSums)) return run_in_pieces();
@@ -297,13 +296,11 @@ void Product<scalar_t>::run() const {
 template <typename scalar_t>
 bool Product<scalar_t>::better_turned() const {
   if (columns != 1 || out.row_stride != 1 || inner == 1) return false;
-  if constexpr (std::is_same_v<scalar_t, acc_type<scalar_t>>) {
-    Product turned = *this;
-    std::swap(turned.left, turned.right);
-    std::swap(turned.right.row_stride, turned.right.column_stride);
-    const bool dots = dots_serve(*this), turned_dots = dots_serve(turned);
-    if (dots != turned_dots) return turned_dots;
-  }
+  Product turned = *this;
+  std::swap(turned.left, turned.right);
+  std::swap(turned.right.row_stride, turned.right.column_stride);
+  const bool dots = dots_serve(*this), turned_dots = dots_serve(turned);
+  if (dots != turned_dots) return turned_dots;
   return rows > 1;
 }
 
@@ -318,12 +315,10 @@ void Product<scalar_t>::run_turned() const {
   turned.columns = rows;
   const std::vector<scalar_t> biases(bias ? rows : 0, bias ? *bias : scalar_t{});
   if (bias) turned.bias = biases.data();
-  if constexpr (std::is_same_v<scalar_t, acc_type<scalar_t>>) {
-    // As `better_turned` asked, of one column: of as many as there are rows they might not serve.
-    Product asked = turned;
-    std::swap(asked.rows, asked.columns);
-    if (dots_serve(asked)) return turned.run_dots();
-  }
+  // As `better_turned` asked, of one column: of as many as there are rows they might not serve.
+  Product asked = turned;
+  std::swap(asked.rows, asked.columns);
+  if (dots_serve(asked)) return turned.run_dots();
   turned.run();
 }
 

@@ -26,10 +26,16 @@ constexpr int64_t kShortRight = int64_t{256} << 10;
 constexpr int64_t kShortestDots = 16;
 constexpr int64_t kLongDotsIntel = 40;
 constexpr int64_t kLongDots = 20;
+// Vectors of inner steps, and of the right matrix (1 MiB), up to which they are taken for any
+// number of rows.
+constexpr int64_t kLongestDots = 128;
+constexpr int64_t kDotVectors = int64_t{1} << 14;
 // Columns up to which they are taken with AVX2 alone, and vectors (of AVX-512) of inner steps from
 // which on for more columns.
 constexpr int64_t kFewColumns = 12;
 constexpr int64_t kLongDotsAvx2 = 64;
+// The same of bfloat16 where it is multiplied by pairs.
+constexpr int64_t kFewColumnsOfPairs = 8;
 
 // Whether the library multiplies these 16-bit numbers by instructions of their own: what it does
 // without them, or oneDNN in their place, is slower than float32.
@@ -108,7 +114,10 @@ bool product_serves(const Product<scalar_t>& product) {
   if constexpr (std::is_same_v<scalar_t, simd::BFloat16>) {
     if (pairs_serve(product)) return true;
   }
-  if (sizeof(scalar_t) == 2 && product.accumulate) return false;
+  if (sizeof(scalar_t) == 2) {
+    if (product.accumulate) return false;
+    if (dots_serve(product)) return true;
+  }
   if (multiplications <= small_product<scalar_t>() || all_products_serve<scalar_t>()) return true;
   constexpr int64_t kBytes = sizeof(scalar_t);
   const bool wide = simd::level() == simd::Level::kAvx512;
@@ -116,7 +125,7 @@ bool product_serves(const Product<scalar_t>& product) {
          product.inner * product.columns * kBytes < kShortRight;
 }
 
-// Small products, where large ones of many rows are packed (on Intel's processors 4096 x 784 x 64
+// Small products on Intel's processors, where large ones of many rows are packed (4096 x 784 x 64
 // takes 1.23 of its time by dot products). Of eager's time, forward on 2 cores of an Intel Xeon of
 // family 6, model 207, by dot products and by product_kernel.h or product_few.cpp: float32 1 x 784
 // x 256 0.89 and 1.4, 2 x 784 x 256 1.0 to 1.15 and 1.8, 4 x 784 x 256 0.83 and 1.45, 12 x 2048 x
@@ -124,18 +133,20 @@ bool product_serves(const Product<scalar_t>& product) {
 // anywhere 2 x 700 x 256 1.2 and 1.6, 300 x 700 x 64 0.97 and 0.78, but 300 x 300 x 64 1.12 and
 // 0.8.
 //
-// The same on 2 cores of Zen 4: float32 1 x 784 x 64 0.86 and 1.29, 2 x 784 x 100 0.50 and 1.21, 8
-// x 784 x 64 0.70 and 1.08, 1 x 2047 x 64 0.85 and 2.68, 100 x 784 x 64 0.69 to 0.82 and 0.79, 1 x
-// 256 x 100 0.90 and 1.15, but 300 x 256 x 64 0.91 and 0.82; float64 2 x 784 x 100 0.64 and 1.41, 2
-// x 128 x 512 0.62 and 1.32; of rows that begin anywhere 2 x 700 x 100 0.51 and 1.23, 300 x 333 x
-// 64 0.95 and 0.81, but 300 x 250 x 64 1.03 and 0.83.
+// Elsewhere, where large ones are our own as well, any by a matrix of up to 1 MiB: the same on 2
+// cores of Zen 4 1 x 784 x 64 0.86 and 1.29, 2 x 784 x 100 0.50 and 1.21, 8 x 784 x 64 0.70
+// and 1.08, 1 x 2047 x 64 0.85 and 2.68, 1 x 256 x 100 0.90 and 1.15, 100 x 784 x 64 0.83 and 0.93,
+// 1000 x 784 x 256 0.96 and 0.97, but 1000 x 784 x 64 0.89 and 0.85, 4096 x 784 x 64 0.93 and 0.83,
+// 4096 x 2048 x 64 0.97 and 0.82, 300 x 256 x 64 0.91 and 0.82; in float64 2 x 784 x 100 0.64
+// and 1.41, 4096 x 784 x 64 0.66 and 0.52; of rows that begin anywhere 2 x 700 x 100 0.51 and 1.23,
+// 300 x 333 x 64 0.95 and 0.81, but 300 x 250 x 64 1.03 and 0.83. Larger ones are packed: 1000 x
+// 1024 x 1024 takes 1.03 and 0.95.
 //
-// Elsewhere, where large ones are our own as well, any of few columns: the same on 2 cores of Zen 5
-// 1 x 2048 x 1 1.07 and 1.5, 1000 x 128 x 2 0.56 and 1.5, 64 x 2048 x 2 0.58 and 2.1, 1 x 8192 x 24
-// 0.86 and 1.7, 4096 x 784 x 10 0.22 and 0.33, 4096 x 784 x 16 0.40 and 0.43; in float64 1 x 2048 x
-// 10 0.91 and 1.3, 1000 x 256 x 2 0.42 and 1.2. But 4096 x 8192 x 16 0.79 and 0.52, and of more
-// columns 1 x 784 x 64 0.93 and 1.12, 4096 x 784 x 64 0.46 and 0.41, 4096 x 2048 x 64 0.55 and
-// 0.38.
+// And any of few columns there: on 2 cores of Zen 5 1 x 2048 x 1 1.07 and 1.5, 1000 x 128 x 2 0.56
+// and 1.5, 64 x 2048 x 2 0.58 and 2.1, 1 x 8192 x 24 0.86 and 1.7, 4096 x 784 x 10 0.22 and 0.33,
+// 4096 x 784 x 16 0.40 and 0.43; in float64 1 x 2048 x 10 0.91 and 1.3, 1000 x 256 x 2 0.42
+// and 1.2. (But 4096 x 8192 x 16 0.79 and 0.52, and of more columns 1 x 784 x 64 0.93 and 1.12,
+// 4096 x 784 x 64 0.46 and 0.41, 4096 x 2048 x 64 0.55 and 0.38.)
 //
 // With AVX2, of few columns the same, and of more where rows are long, of small products: forward
 // on 2 cores of Zen 3 by dot products and by panels 1 x 2048 x 1 0.88 and 1.27, 64 x 2048 x 2 0.48
@@ -143,30 +154,41 @@ bool product_serves(const Product<scalar_t>& product) {
 // 100 x 2048 x 64 0.94 and 0.91, 16 x 1024 x 64 0.53 and 0.66. But of 784 steps 2 x 784 x 24
 // takes 1.26 of its time by panels, 1000 x 784 x 16 1.18. Of 470 shapes 3 are slower than eager by
 // more than 3 % so and 69 were (of 323 in float64 3 and 27).
+//
+// In float16 as in float32, in bfloat16 as well or, where it is multiplied by pairs, of few
+// columns; on Intel's processors not (not measured). Of eager's time on 2 cores of Zen 4, by dot
+// products and by what served before: float16 64 x 2047 x 2 0.53 and 3.6, 1 x 2048 x 32 1.03
+// and 1.67, bfloat16 1000 x 1024 x 1 0.67 and 2.7, 100 x 2048 x 2 0.42 and 1.19; but bfloat16 1000
+// x 784 x 16 1.41 and 0.94.
 template <typename scalar_t>
 bool dots_serve(const Product<scalar_t>& product) {
-  constexpr int64_t kLanes = 64 / sizeof(scalar_t);
+  constexpr int64_t kLanes = 64 / sizeof(simd::acc_type<scalar_t>);
   const int64_t inner = product.inner, columns = product.columns;
   if (simd::level() == simd::Level::kBaseline || product.right.row_stride != 1) return false;
+  const bool pairs = std::is_same_v<scalar_t, simd::BFloat16> && multiplies_pairs();
+  if (sizeof(scalar_t) == 2 && (is_intel() || (pairs && columns > kFewColumnsOfPairs)))
+    return false;
+  // Where products of any number of rows are our own, the rows are not asked.
+  const bool serves =
+      all_products_serve<scalar_t>()
+          ? inner <= kLongestDots * kLanes && inner * columns <= kDotVectors * kLanes
+          : product.rows * inner * columns <= small_product<scalar_t>();
   if (simd::level() == simd::Level::kAvx2) {
-    if (columns > kFewColumns) {
-      return inner >= kLongDotsAvx2 * kLanes &&
-             product.rows * inner * columns <= small_product<scalar_t>();
-    }
+    if (columns > kFewColumns) return serves && inner >= kLongDotsAvx2 * kLanes;
     return inner >= (columns <= 4 ? 2 : columns <= 7 ? 4 : 8) * kLanes;
   }
   const int64_t from = inner % kLanes == 0 ? kShortestDots
                        : is_intel()        ? kLongDotsIntel
                                            : kLongDots;
-  if (inner >= from * kLanes && product.rows * inner * columns <= small_product<scalar_t>()) {
-    return true;
-  }
+  if (inner >= from * kLanes && serves && !pairs) return true;
   const int64_t vectors = columns <= 4 ? 2 : columns <= 12 ? 8 : 32;
   return !is_intel() && columns <= kLanes * 3 / 2 && inner >= vectors * kLanes;
 }
 
 template bool dots_serve(const Product<float>& product);
 template bool dots_serve(const Product<double>& product);
+template bool dots_serve(const Product<simd::BFloat16>& product);
+template bool dots_serve(const Product<simd::Half>& product);
 template bool product_serves(const Product<float>& product);
 template bool product_serves(const Product<double>& product);
 template bool product_serves(const Product<simd::BFloat16>& product);
