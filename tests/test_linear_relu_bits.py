@@ -37,7 +37,8 @@ FEW += [(dtype, (272, columns)) for columns in range(1, 14) for dtype, _ in FEW[
 FEW += [(dtype, (600, columns)) for columns in (12, 13, 25) for dtype, _ in FEW[:2]]
 FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 for dtype in FLOATING:
-    FEW += [(dtype, shape) for shape in ((784, 16), (300, 41), (18, 19), (10, 70), (3, 33), (2047, 3))]
+    shapes = ((784, 16), (300, 41), (18, 19), (10, 70), (3, 33), (2047, 3))
+    FEW += [(dtype, shape) for shape in shapes]
 
 
 def results(input: Tensor, weight: Tensor, bias: Tensor, upstream: Tensor) -> list[Tensor]:
