@@ -31,7 +31,7 @@ from torchext.ops.extras import Extras
 
 _PLAIN, _FLOATING = _backend.PLAIN, _backend.FLOATING
 _INDICES = frozenset({torch.int64, torch.int32, torch.uint8})
-_INT64, _FLOAT32 = torch.int64, torch.float32
+_INT64 = torch.int64
 _grad_enabled = torch.is_grad_enabled
 _is_compiling = torch.compiler.is_dynamo_compiling
 _tracing_state = torch._C._get_tracing_state
@@ -48,11 +48,12 @@ _stock: Any = torch._C._nn.cross_entropy_loss
 _SMALL = dict.fromkeys(cross_entropy_fake.REDUCTIONS, 49152)
 if _native.simd_level() == "AVX-512":
     _SMALL = {"none": 32768, "mean": 13312, "sum": 13312}
-# Logits up to which the same is true of 16 classes and more in float32, up to _ROWS rows, without
-# reduction or without a gradient. Of stock's time, forward of the mean of 64 x 100, 256 x 32, 256 x
-# 48, 384 x 64 and 512 x 48 1.35, 1.31, 1.22, 1.05 and 1.03, but of 128 x 10, 128 x 15 and 256 x
-# 100 0.6, 0.42 and 1.04; without reduction, forward and backward, of 256 x 32, 384 x 48 and 512 x
-# 64 1.17, 1.12 and 0.96, but of 128 x 15 0.70 (2 cores of Zen 5; with AVX2 nothing was measured).
+# Logits up to which the same is true of 16 classes and more, up to _ROWS rows, with these
+# reductions and without a gradient. Of stock's time, forward of the float32 mean of 64 x 100, 384 x
+# 64 and 128 x 10 1.35, 1.05 and 0.6; without reduction, forward and backward, of 256 x 32 and 512 x
+# 64 1.17 and 0.96 (2 cores of Zen 5; with AVX2 nothing was measured); of the bfloat16 mean of 100 x
+# 32, 512 x 32 and 512 x 64 1.37, 1.14 and 0.99 (2 cores of Zen 4).
+_FEW = {torch.float32: ("none",), torch.bfloat16: ("none", "mean", "sum")}
 _FEW_LOGITS = 24576 if _native.simd_level() == "AVX-512" else 0
 _ROWS = 512
 _NAMES = cross_entropy_fake.REDUCTIONS
@@ -182,10 +183,10 @@ def cross_entropy(
                     logits < _FEW_LOGITS
                     and 16 * rows <= logits
                     and rows <= _ROWS
-                    and input.dtype is _FLOAT32
+                    and (few := _FEW.get(input.dtype))
                     and input.is_cpu
                     and input.dim() == 2
-                    and (reduction == "none" or not (input.requires_grad and _grad_enabled()))
+                    and (reduction in few or not (input.requires_grad and _grad_enabled()))
                 )
             )
         ):
