@@ -64,9 +64,7 @@ struct Also {
   const Tensor* bias = nullptr;  // (columns), added to every row
   bool relu = false;
   bool by_rows = false;  // see Product
-  // Our own kernel for bfloat16, too. Not for a head's chunks: 1024 x 512 x 32000 took 316 ms of
-  // linear_cross_entropy so and 269 to 306 by oneDNN (2 cores of Zen 4).
-  bool pairs = false;
+  bool pairs = false;    // our own kernel for bfloat16, too
 };
 
 // out = left @ right and what goes with it, by our own kernel where it serves the call
