@@ -10,6 +10,7 @@
 #include "cpu/dispatch.h"
 #include "cpu/product.h"
 #include "cpu/simd.h"
+#include "cpu/transpose.h"
 
 namespace torchext::cpu {
 
@@ -121,23 +122,32 @@ template <class Isa, typename scalar_t, int kClasses>
 TORCHEXT_INLINE void head_grad_weight(const HeadArgs<scalar_t>& args, int64_t begin, int64_t end,
                                       int64_t c, scalar_t* sums) {
   constexpr int kLanes = simd::kLanesOf<Isa, scalar_t>;
-  constexpr int kVectors = 2;
   using Acc = simd::Vector<scalar_t, kLanes>;
-  int64_t k = 0;
-  for (; k + kVectors * kLanes <= args.features; k += kVectors * kLanes) {
-    Acc sum[kClasses][kVectors] = {};
+  // Two vectors of features at a time, then one; the last one overlaps.
+  const auto add = [&](int64_t k, auto vectors) __attribute__((always_inline)) {
+    Acc sum[kClasses][vectors] = {};
     for (int64_t row = begin; row < end; ++row) {
       const scalar_t* grad = args.logits + row * kHeadClasses + c;
-      for (int v = 0; v < kVectors; ++v) {
+      for (int v = 0; v < vectors; ++v) {
         const Acc x = simd::load<kLanes>(args.input + row * args.input_stride + k + v * kLanes);
         for (int i = 0; i < kClasses; ++i) sum[i][v] += grad[i] * x;
       }
     }
     for (int i = 0; i < kClasses; ++i) {
-      for (int v = 0; v < kVectors; ++v) {
+      for (int v = 0; v < vectors; ++v) {
         simd::store<kLanes>(sums + (c + i) * args.features + k + v * kLanes, sum[i][v]);
       }
     }
+  };
+  int64_t k = 0;
+  for (; k + 2 * kLanes <= args.features; k += 2 * kLanes) {
+    add(k, std::integral_constant<int, 2>{});
+  }
+  if (args.features >= kLanes) {
+    for (; k < args.features; k += kLanes) {
+      add(std::min(k, args.features - kLanes), std::integral_constant<int, 1>{});
+    }
+    return;
   }
   for (; k < args.features; ++k) {
     scalar_t sum[kClasses] = {};
@@ -232,10 +242,10 @@ class NarrowHead {
     }
     const int64_t features = dots_ ? 0 : args_.features;
     packed_.resize((features + 1) * kHeadClasses);
-    for (int64_t k = 0; k < features; ++k) {
-      for (int64_t c = 0; c < args_.classes; ++c) {
-        packed_[k * kHeadClasses + c] = args_.weight[c * args_.weight_stride + k];
-      }
+    if constexpr (kServed) {
+      copy_transposed<16 / sizeof(scalar_t)>(
+          Matrix<const scalar_t>{args_.weight, args_.weight_stride, 1}, args_.classes, features,
+          packed_.data(), kHeadClasses);
     }
     scalar_t* padded_bias = packed_.data() + features * kHeadClasses;
     if (bias) {
