@@ -21,9 +21,9 @@ struct Matrix {
 
 // out (rows, columns) = left (rows, inner) @ right (inner, columns), and then, where asked for,
 // plus what stood in out, plus bias (columns), and ReLU (NaN stays NaN). Each element is summed
-// over `inner` in an order that depends on nothing but `inner`, the instruction set and the right
-// matrix's layout and how many columns it has (`dots_serve`; on Intel's processors and with AVX2 in
-// float32 and float64 whether the product is a small one, too), of one column both matrices':
+// over `inner` in an order that depends on nothing but `inner`, the instruction set and, of few
+// columns, or in float32 and float64 of small products on Intel's processors and with AVX2, the
+// right matrix's layout and how many columns it has (`dots_serve`), of one column both matrices':
 // neither on the threads nor on the other rows. out: column_stride 1.
 template <typename scalar_t>
 struct Product {

@@ -21,15 +21,10 @@ constexpr int64_t kManyRows = 512;
 constexpr int64_t kManyRowsAvx2 = 2048;
 constexpr int64_t kShortRight = int64_t{256} << 10;
 
-// Vectors of inner steps from which on dot products are taken with AVX-512, and where rows begin
-// anywhere, not at cache lines, on Intel's processors and elsewhere.
+// Vectors of inner steps from which on dot products are taken on Intel's processors, and where rows
+// begin anywhere, not at cache lines.
 constexpr int64_t kShortestDots = 16;
-constexpr int64_t kLongDotsIntel = 40;
-constexpr int64_t kLongDots = 20;
-// Vectors of inner steps, and of the right matrix (1 MiB), up to which they are taken for any
-// number of rows.
-constexpr int64_t kLongestDots = 128;
-constexpr int64_t kDotVectors = int64_t{1} << 14;
+constexpr int64_t kLongDots = 40;
 // Columns up to which they are taken with AVX2 alone, and vectors (of AVX-512) of inner steps from
 // which on for more columns.
 constexpr int64_t kFewColumns = 12;
@@ -133,20 +128,14 @@ bool product_serves(const Product<scalar_t>& product) {
 // anywhere 2 x 700 x 256 1.2 and 1.6, 300 x 700 x 64 0.97 and 0.78, but 300 x 300 x 64 1.12 and
 // 0.8.
 //
-// Elsewhere, where large ones are our own as well, any by a matrix of up to 1 MiB: the same on 2
-// cores of Zen 4 1 x 784 x 64 0.86 and 1.29, 2 x 784 x 100 0.50 and 1.21, 8 x 784 x 64 0.70
-// and 1.08, 1 x 2047 x 64 0.85 and 2.68, 1 x 256 x 100 0.90 and 1.15, 100 x 784 x 64 0.83 and 0.93,
-// 1000 x 784 x 256 0.96 and 0.97, but 1000 x 784 x 64 0.89 and 0.85, 4096 x 784 x 64 0.93 and 0.83,
-// 4096 x 2048 x 64 0.97 and 0.82, 300 x 256 x 64 0.91 and 0.82; in float64 2 x 784 x 100 0.64
-// and 1.41, 4096 x 784 x 64 0.66 and 0.52; of rows that begin anywhere 2 x 700 x 100 0.51 and 1.23,
-// 300 x 333 x 64 0.95 and 0.81, but 300 x 250 x 64 1.03 and 0.83. Larger ones are packed: 1000 x
-// 1024 x 1024 takes 1.03 and 0.95.
-//
-// And any of few columns there: on 2 cores of Zen 5 1 x 2048 x 1 1.07 and 1.5, 1000 x 128 x 2 0.56
-// and 1.5, 64 x 2048 x 2 0.58 and 2.1, 1 x 8192 x 24 0.86 and 1.7, 4096 x 784 x 10 0.22 and 0.33,
-// 4096 x 784 x 16 0.40 and 0.43; in float64 1 x 2048 x 10 0.91 and 1.3, 1000 x 256 x 2 0.42
-// and 1.2. (But 4096 x 8192 x 16 0.79 and 0.52, and of more columns 1 x 784 x 64 0.93 and 1.12,
-// 4096 x 784 x 64 0.46 and 0.41, 4096 x 2048 x 64 0.55 and 0.38.)
+// Elsewhere, where large ones are our own as well, any of few columns: the same on 2 cores of Zen 5
+// 1 x 2048 x 1 1.07 and 1.5, 1000 x 128 x 2 0.56 and 1.5, 64 x 2048 x 2 0.58 and 2.1, 1 x 8192 x 24
+// 0.86 and 1.7, 4096 x 784 x 10 0.22 and 0.33, 4096 x 784 x 16 0.40 and 0.43; in float64 1 x 2048 x
+// 10 0.91 and 1.3, 1000 x 256 x 2 0.42 and 1.2. But 4096 x 8192 x 16 0.79 and 0.52, and of more
+// columns 1 x 784 x 64 0.93 and 1.12, 4096 x 784 x 64 0.46 and 0.41, 4096 x 2048 x 64 0.55 and
+// 0.38. On 2 cores of Zen 4 1 x 784 x 64 0.86 and 1.29, 2 x 784 x 100 0.50 and 1.21, but 4096 x 784
+// x 64 0.93 and 0.83, and a step of training of 784-64-10 with batches of 100 takes 288 us and 261,
+// 358 and 285 where both threads share a core and its first cache.
 //
 // With AVX2, of few columns the same, and of more where rows are long, of small products: forward
 // on 2 cores of Zen 3 by dot products and by panels 1 x 2048 x 1 0.88 and 1.27, 64 x 2048 x 2 0.48
@@ -169,20 +158,17 @@ bool dots_serve(const Product<scalar_t>& product) {
   if (sizeof(scalar_t) == 2 && (is_intel() || (pairs && columns > kFewColumnsOfPairs)))
     return false;
   // Where products of any number of rows are our own, the rows are not asked.
-  const bool serves =
-      all_products_serve<scalar_t>()
-          ? inner <= kLongestDots * kLanes && inner * columns <= kDotVectors * kLanes
-          : product.rows * inner * columns <= small_product<scalar_t>();
+  const bool small = !all_products_serve<scalar_t>() &&
+                     product.rows * inner * columns <= small_product<scalar_t>();
   if (simd::level() == simd::Level::kAvx2) {
-    if (columns > kFewColumns) return serves && inner >= kLongDotsAvx2 * kLanes;
+    if (columns > kFewColumns) return small && inner >= kLongDotsAvx2 * kLanes;
     return inner >= (columns <= 4 ? 2 : columns <= 7 ? 4 : 8) * kLanes;
   }
-  const int64_t from = inner % kLanes == 0 ? kShortestDots
-                       : is_intel()        ? kLongDotsIntel
-                                           : kLongDots;
-  if (inner >= from * kLanes && serves && !pairs) return true;
-  const int64_t vectors = columns <= 4 ? 2 : columns <= 12 ? 8 : 32;
-  return !is_intel() && columns <= kLanes * 3 / 2 && inner >= vectors * kLanes;
+  if (!is_intel()) {
+    const int64_t vectors = columns <= 4 ? 2 : columns <= 12 ? 8 : 32;
+    return columns <= kLanes * 3 / 2 && inner >= vectors * kLanes;
+  }
+  return small && inner >= (inner % kLanes == 0 ? kShortestDots : kLongDots) * kLanes;
 }
 
 template bool dots_serve(const Product<float>& product);
