@@ -28,8 +28,8 @@ constexpr int64_t kColumnsPerBlock = 512;
 constexpr int64_t kRowsPerSum = 64;
 // Multiplications of a product up to which bfloat16 is our own kernel's where that multiplies
 // pairs: forward and backward of 100 x 100 x 32 takes 0.58 of eager's time so, 1.10 by oneDNN, of
-// 256 x 512 x 64 0.72 and 1.01, of 512 x 512 x 1000 0.95 and 0.97 (2 cores of Zen 4). Of 1024 x 512
-// x 32000 316 ms and 269 to 306.
+// 256 x 512 x 64 0.72 and 1.01, of 512 x 512 x 1000 0.95 and 0.97 (2 cores of Zen 4). 1024 x 512
+// x 32000 takes 280 ms and 281, another day 316 and 269 to 306.
 constexpr int64_t kMostPairs = int64_t{1} << 29;
 
 int64_t rows_per_chunk(int64_t rows, int64_t classes, int64_t element_size) {

@@ -18,7 +18,8 @@ namespace {
 // Columns and rows of a block: what is summed is in the first cache, what it comes to as well.
 constexpr int kMostColumns = 8;
 constexpr int64_t kBlockRows = 64;
-// Inner steps that are gone through at a time: a block's columns stay in the first cache.
+// Inner steps that are gone through at a time: a block's columns stay in the first cache, of which
+// as many as 4 KiB each are all on Zen 4.
 template <typename scalar_t>
 constexpr int64_t kStretch = 3328 / sizeof(acc_type<scalar_t>);
 // Rows from which on a block's columns that begin anywhere are copied, to begin at cache lines, and
@@ -76,13 +77,13 @@ TORCHEXT_INLINE Value sums_of_lanes(const Value (&rows)[kLanes]) {
 
 // `steps` inner steps of kRows rows, `left` being the first of them, and kColumns columns: into
 // `sums`, or added to what stands there.
-template <int kLanes, int kRows, int kColumns, typename scalar_t, typename right_t>
-TORCHEXT_INLINE void dot_tile(Matrix<const scalar_t> left, Matrix<const right_t> right,
+template <int kLanes, int kRows, int kColumns, typename scalar_t>
+TORCHEXT_INLINE void dot_tile(Matrix<const scalar_t> left, Matrix<const acc_type<scalar_t>> right,
                               int64_t steps, bool first, acc_type<scalar_t>* sums) {
   using Value = simd::Vector<acc_type<scalar_t>, kLanes>;
   constexpr int kSums = (kRows * kColumns + kLanes - 1) / kLanes * kLanes;
   const scalar_t* x = left.data;
-  const right_t* y = right.data;
+  const acc_type<scalar_t>* y = right.data;
   const int64_t x_stride = left.row_stride, y_stride = right.column_stride;
   Value sum[kSums] = {};
   const auto add = [&](auto load) __attribute__((always_inline)) {
@@ -169,7 +170,7 @@ TORCHEXT_INLINE void dot_columns(const DotBlock<scalar_t>& block) {
     int64_t row = 0;
     const auto run = [&](auto height) __attribute__((always_inline)) {
       for (; row + height <= rows; row += height) {
-        dot_tile<kLanes, height, kColumns, scalar_t, acc_t>(
+        dot_tile<kLanes, height, kColumns, scalar_t>(
             {p.left.at(block.row + row, begin), p.left.row_stride, 1}, right, steps, begin == 0,
             block.sums + row * kColumns);
       }
@@ -255,8 +256,8 @@ void Product<scalar_t>::run_dots() const {
   const int64_t column_blocks = divide_up(columns, most);
   const int64_t count = row_blocks * column_blocks;
   for_each_block(count, divide_up(count, shares), [&](int64_t begin, int64_t end) {
-    // A vector's stores may go past the last row.
     using acc_t = acc_type<scalar_t>;
+    // A vector's stores may go past the last row.
     acc_t* sums = scratch<acc_t>(0, kBlockRows * kMostColumns + kPadding<scalar_t>);
     acc_t* copy = scratch<acc_t>(1, kMostColumns * kCopied<scalar_t>);
     for (int64_t i = begin; i < end; ++i) {

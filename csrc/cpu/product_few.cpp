@@ -14,6 +14,7 @@ namespace {
 // two vectors of columns at a time: 1 x 2047 x 32 takes 12.1 us so and 20.4, 1 x 1024 x 200 16.5
 // and 22.5, in float64 1 x 2047 x 256 48 and 87, but 1 x 784 x 512 39 and 35 (2 cores of Zen 4).
 constexpr int64_t kLongRow = 1000;
+// The fewest rows.
 template <class Isa>
 inline constexpr int kFewest = Isa::kBytes == 64 ? 1 : 2;
 
