@@ -2,6 +2,7 @@
 
 python -m benchmarks --quick                                  all suites
 python -m benchmarks --op cross_entropy --shapes 256x50257 --dtype bfloat16
+python -m benchmarks --op linear_relu --random 100 --seed 1    drawn shapes, against eager
 python -m benchmarks compare DIR DIR                          what got slower
 python -m benchmarks report DIR                               tables and plots again
 python -m benchmarks readme [--check]                         the README's section
@@ -28,6 +29,7 @@ from benchmarks.results import Results, load_folder, save, save_csv
 _FULL = {
     "passes": 3, "seconds": 3.0, "least_rounds": 5, "most_rounds": 60, "slow": math.inf
 }  # fmt: skip
+_AGAINST_EAGER = ("torchext", "eager")
 _DTYPES = ("float32", "float64", "bfloat16", "float16")
 
 
@@ -62,8 +64,13 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--op", nargs="+", action="extend", choices=suites.names(), metavar="NAME",
         help=f"suites, of {', '.join(suites.names())} (default: all)")  # fmt: skip
-    add("--shapes", nargs="+", action="extend", type=_shape, metavar="AxB",
+    shapes = parser.add_mutually_exclusive_group()
+    shapes.add_argument("--shapes", nargs="+", action="extend", type=_shape, metavar="AxB",
         help="shapes instead of the suites' own, such as 1024x1000")  # fmt: skip
+    shapes.add_argument("--random", type=int, default=0, metavar="N",
+        help="so many shapes drawn of usual sizes, most of them small, with options; "
+        "without memory and plots, against eager where there is no --provider")  # fmt: skip
+    add("--seed", type=int, default=0, help="of --random: the same shapes again")
     add("--direction", nargs="+", action="extend", choices=DIRECTIONS)
     add("--dtype", nargs="+", action="extend", choices=_DTYPES)
     add("--provider", nargs="+", action="extend", metavar="NAME",
@@ -93,17 +100,21 @@ def _shape(text: str) -> tuple[int, ...]:
 
 def _settings(options: argparse.Namespace) -> Settings:
     settings = Settings(
-        mode="full" if options.full else "quick",
+        mode="random" if options.random else "full" if options.full else "quick",
         device=options.device,
-        memory=not options.no_memory,
+        memory=not (options.no_memory or options.random),
         cached=options.cached,
         graphs=options.graphs,
         budget=options.budget,
-        providers=tuple(options.provider or ()),
+        providers=tuple(options.provider or (_AGAINST_EAGER if options.random else ())),
         directions=tuple(options.direction or ()),
         dtypes=tuple(options.dtype or ()),
         shapes=tuple(options.shapes or ()),
+        random=options.random,
+        seed=options.seed,
     )
+    if options.random:  # many cases, each of few rounds
+        settings = replace(settings, most_rounds=9)
     if options.full:
         settings = replace(settings, **_FULL)
     given = {
@@ -117,7 +128,13 @@ def _settings(options: argparse.Namespace) -> Settings:
 
 def _folder(settings: Settings) -> Path:
     """Where results go: what is not a suite's own set of cases must not take its place."""
-    own = (settings.shapes, settings.directions, settings.dtypes, settings.providers)
+    own = (
+        settings.shapes,
+        settings.random,
+        settings.directions,
+        settings.dtypes,
+        settings.providers,
+    )
     if any(own) or settings.cached or settings.graphs or not settings.memory:
         return machine.ROOT / "runs" / "benchmarks"
     return machine.RESULTS / machine.name(settings.device)
@@ -130,8 +147,10 @@ def _measure(words: Sequence[str]) -> int:
         raise ValueError(f"--device cuda: torch {torch.__version__} finds no CUDA device")
     if options.threads is not None:
         torch.set_num_threads(options.threads)
+    if options.random < 0:
+        raise ValueError(f"--random {options.random}: expected how many shapes to draw")
     chosen = [suites.get(name) for name in options.op or suites.names()]
-    if options.op is None and (settings.shapes or options.device != "cpu"):
+    if options.op is None and (settings.shapes or settings.random or options.device != "cpu"):
         chosen = [suite for suite in chosen if isinstance(suite, suites.OpSuite)]
     chosen = [suite for suite in chosen if suite.steps(settings)]
     if not chosen:
@@ -165,7 +184,7 @@ def _measure(words: Sequence[str]) -> int:
             raise KeyboardInterrupt
         save(results, folder / f"{suite.name}.json")
         faults += sum(row.role == "ours" and row.status != "ok" for row in results.rows)
-    _write_report(folder, plots=not options.no_plots)
+    _write_report(folder, plots=not (options.no_plots or settings.random))
     return int(faults > 0)
 
 

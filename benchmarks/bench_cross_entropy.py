@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from random import Random
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from benchmarks import peers, under_pytest
-from benchmarks.case import DIRECTIONS, Case, Inputs, Op
+from benchmarks.case import DIRECTIONS, Case, Inputs, Op, Options
 from benchmarks.providers import Provider, Task, copy_task, ours
 from torchext import reference
 
@@ -19,13 +20,18 @@ _BASE = (1024, 1000)  # (rows, classes)
 _LARGE = (4096, 32000)
 # The largest first: a run with a budget leaves out what comes last.
 _GPU_SHAPES = ((8192, 262144), (16384, 65536), (16384, 32768), (16384, 8192), (16384, 1000))
-_VARIANTS: tuple[tuple[tuple[str, Any], ...], ...] = (
+_VARIANTS: tuple[Options, ...] = (
     (("probabilities", True),),
     (("label_smoothing", 0.1),),
     (("reduction", "none"),),
     (("softcap", 30.0),),
     (("z_loss", 1e-4),),
 )
+_DRAWN = (  # sizes of --random
+    (1, 2, 4, 8, 16, 32, 64, 100, 128, 256, 512, 1000, 2048, 4096),
+    (2, 3, 5, 8, 10, 16, 24, 32, 48, 64, 100, 200, 256, 500, 1000, 2000, 5000, 10000, 32000),
+)
+_MOST_DRAWN = 3 << 20  # logits
 _INPLACE_ELEMENTS = 1 << 20  # from here on the in-place gradient is worth having
 _INPLACE = "torchext in place"
 
@@ -61,6 +67,12 @@ class CrossEntropy(Op):
             cases += [Case(self.name, (256, 50257)), Case(self.name, (1024, 32000))]
             cases += [Case(self.name, _BASE, dtype) for dtype in ("float64", "float16")]
         return cases
+
+    def drawn(self, random: Random) -> tuple[tuple[int, ...], Options]:
+        shape = tuple(random.choice(sizes) for sizes in _DRAWN)
+        if math.prod(shape) > _MOST_DRAWN:
+            return self.drawn(random)
+        return shape, random.choice(((), (), (), (), *_VARIANTS[:3]))
 
     def memory_presets(self, full: bool, device: str) -> list[Case]:
         classes = (1000, 8000, 32000, 128000) if full else (1000, 32000)

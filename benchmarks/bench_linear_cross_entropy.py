@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
+from random import Random
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from benchmarks import peers, under_pytest
-from benchmarks.case import Case, Inputs, Op, training_factor
+from benchmarks.case import Case, Inputs, Op, Options, training_factor
 from benchmarks.providers import PlainTask, Provider, Task
 from torchext import reference
 
@@ -17,6 +19,14 @@ from torchext import reference
 _SMALL, _MIDDLE, _BASE = (128, 64, 1000), (512, 256, 8000), (1024, 512, 32000)
 _LARGE = (2048, 512, 32000)
 _GPU_HEAD = (4096, 128256)
+_DRAWN = (  # sizes of --random
+    (1, 2, 8, 16, 64, 100, 256, 512, 1000),
+    (8, 16, 64, 100, 256, 512, 784),
+    (2, 5, 10, 16, 32, 64, 100, 500, 1000, 4000),
+)
+_MOST_DRAWN = 1 << 25  # multiplications
+_NONE: Options = (("reduction", "none"),)
+_SMOOTHING: Options = (("label_smoothing", 0.1),)
 
 
 class LinearCrossEntropy(Op):
@@ -38,10 +48,16 @@ class LinearCrossEntropy(Op):
         if full:
             cases.append(Case(self.name, _LARGE, direction="fwd"))
             cases.append(Case(self.name, _BASE, "bfloat16"))
-            cases.append(Case(self.name, _MIDDLE, options=(("reduction", "none"),)))
-            cases.append(Case(self.name, _MIDDLE, options=(("label_smoothing", 0.1),)))
+            cases.append(Case(self.name, _MIDDLE, options=_NONE))
+            cases.append(Case(self.name, _MIDDLE, options=_SMOOTHING))
             cases.append(Case(self.name, _BASE, options=(("softcap", 30.0),)))
         return cases
+
+    def drawn(self, random: Random) -> tuple[tuple[int, ...], Options]:
+        shape = tuple(random.choice(sizes) for sizes in _DRAWN)
+        if math.prod(shape) > _MOST_DRAWN:
+            return self.drawn(random)
+        return shape, random.choice(((), (), (), _NONE, _SMOOTHING))
 
     def memory_presets(self, full: bool, device: str) -> list[Case]:
         if device != "cpu":  # the last is the shape that the bar of 1.2 GB is for

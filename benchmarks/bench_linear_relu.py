@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
+from random import Random
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from benchmarks import peers, under_pytest
-from benchmarks.case import Case, Inputs, Op, training_factor
+from benchmarks.case import Case, Inputs, Op, Options, training_factor
 from benchmarks.providers import PlainTask, Provider, Task
 from torchext import reference
 
@@ -21,6 +23,15 @@ _SHAPES = (  # (rows, in_features, out_features)
     (4096, 1024, 1024),
 )
 _GPU_SHAPES = ((4096, 4096, 4096), (8192, 4096, 16384))
+# A network's first layer: nobody asks for the gradient of the data. And one that is not trained.
+_NO_INPUT_GRAD: Options = (("no_input_grad", True),)
+_NO_WEIGHT_GRAD: Options = (("no_weight_grad", True),)
+_DRAWN = (  # sizes of --random
+    (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 64, 100, 128, 300, 500, 1000, 2000),
+    (8, 16, 64, 100, 128, 200, 256, 512, 700, 784, 1024, 2047, 2048, 4096),
+    (1, 2, 4, 8, 10, 16, 24, 32, 64, 100, 128, 200, 256, 512, 1024),
+)
+_MOST_DRAWN = 1 << 25  # multiplications
 
 
 class LinearReLU(Op):
@@ -39,9 +50,7 @@ class LinearReLU(Op):
         cases = [Case(self.name, shape) for shape in _SHAPES]
         if device != "cpu":
             cases += [Case(self.name, shape, "bfloat16") for shape in _GPU_SHAPES]
-        # A network's first layer: nobody asks for the gradient of the data.
-        no_input_grad = (("no_input_grad", True),)
-        cases.append(Case(self.name, (100, 784, 64), options=no_input_grad))
+        cases.append(Case(self.name, (100, 784, 64), options=_NO_INPUT_GRAD))
         cases.append(Case(self.name, (1024, 1024, 1024), "bfloat16"))
         # Small and narrow, where what the library's call costs shows, and of odd features.
         cases.append(Case(self.name, (16, 63, 65), "bfloat16"))
@@ -58,6 +67,12 @@ class LinearReLU(Op):
             cases += [Case(self.name, shape) for shape in more]
             cases += [Case(self.name, _SHAPES[3], dtype) for dtype in ("bfloat16", "float64")]
         return cases
+
+    def drawn(self, random: Random) -> tuple[tuple[int, ...], Options]:
+        shape = tuple(random.choice(sizes) for sizes in _DRAWN)
+        if math.prod(shape) > _MOST_DRAWN:
+            return self.drawn(random)
+        return shape, random.choice(((), (), _NO_INPUT_GRAD, _NO_WEIGHT_GRAD))
 
     def memory_presets(self, full: bool, device: str) -> list[Case]:
         rows = (1024, 4096, 16384) if full else (4096,)
@@ -78,14 +93,19 @@ class LinearReLU(Op):
 
         args: dict[str, Tensor | None] = {
             "input": normal(rows, features, grad=("no_input_grad", True) not in case.options),
-            "weight": normal(out_features, features, scale=features**-0.5),
+            "weight": normal(
+                out_features,
+                features,
+                scale=features**-0.5,
+                grad=("no_weight_grad", True) not in case.options,
+            ),
             "bias": normal(out_features),
         }
         return Inputs(args, normal(rows, out_features, grad=False), {})
 
     def flops(self, case: Case) -> int:
         rows, features, out_features = case.shape
-        backward = 1 if ("no_input_grad", True) in case.options else 2
+        backward = 1 if case.options else 2
         gemms = training_factor(case.direction, 1, backward)
         return gemms * 2 * rows * features * out_features
 
@@ -99,12 +119,16 @@ class LinearReLU(Op):
 
     def limit(self, case: Case, sets: Sequence[Inputs]) -> Task:
         no_input_grad = ("no_input_grad", True) in case.options
+        no_weight_grad = ("no_weight_grad", True) in case.options
 
         def forward(input: Tensor, weight: Tensor, grad: Tensor) -> object:
             return torch.mm(input, weight.t())
 
         def backward(input: Tensor, weight: Tensor, grad: Tensor) -> object:
-            return None if no_input_grad else torch.mm(grad, weight), torch.mm(grad.t(), input)
+            return (
+                None if no_input_grad else torch.mm(grad, weight),
+                None if no_weight_grad else torch.mm(grad.t(), input),
+            )
 
         def both(input: Tensor, weight: Tensor, grad: Tensor) -> object:
             return forward(input, weight, grad), backward(input, weight, grad)

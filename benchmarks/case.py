@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
+from random import Random
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
     from benchmarks.providers import Provider, Task
 
 DIRECTIONS = ("fwd", "bwd", "fwd+bwd")
+Options = tuple[tuple[str, Any], ...]
 
 
 @dataclass(frozen=True)
@@ -30,7 +32,7 @@ class Case:
     dtype: str = "float32"
     direction: str = "fwd+bwd"
     device: str = "cpu"
-    options: tuple[tuple[str, Any], ...] = ()
+    options: Options = ()
 
     @property
     def torch_dtype(self) -> torch.dtype:
@@ -131,6 +133,10 @@ class Op(ABC):
     @abstractmethod
     def tiny(self) -> Case:
         """The call of 1 x 8 whose time is overhead alone."""
+
+    @abstractmethod
+    def drawn(self, random: Random) -> tuple[tuple[int, ...], Options]:
+        """A shape of usual sizes, most of them small, and options: what --random measures."""
 
     def memory_presets(self, full: bool, device: str) -> list[Case]:
         """The cases whose peak memory is measured; of a device's sizes."""

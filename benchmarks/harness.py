@@ -15,12 +15,13 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from random import Random
 from typing import Any, Protocol
 
 import torch
 
 from benchmarks import check
-from benchmarks.case import Case, Inputs, Op, generator
+from benchmarks.case import Case, Inputs, Op, Options, generator
 from benchmarks.machine import available_bytes, cache_bytes
 from benchmarks.providers import Provider, Task, providers_of
 from benchmarks.results import Row
@@ -97,6 +98,8 @@ class Settings:
     directions: tuple[str, ...] = ()
     dtypes: tuple[str, ...] = ()
     shapes: tuple[tuple[int, ...], ...] = ()
+    random: int = 0  # so many drawn shapes in place of the suites' own
+    seed: int = 0  # of the drawing
 
     @property
     def full(self) -> bool:
@@ -108,11 +111,16 @@ class Settings:
 
 def cases_of(op: Op, settings: Settings) -> list[Case]:
     """The cases of an op that the settings ask for."""
-    if settings.shapes:
+    if settings.shapes or settings.random:
+        given: list[tuple[tuple[int, ...], Options]]
+        given = [(shape, ()) for shape in settings.shapes if op.accepts(shape)]
+        random = Random(settings.seed)
+        while len(given) < settings.random:
+            if (one := op.drawn(random)) not in given:
+                given.append(one)
         return [
-            Case(op.name, shape, dtype, direction, settings.device)
-            for shape in settings.shapes
-            if op.accepts(shape)
+            Case(op.name, shape, dtype, direction, settings.device, options)
+            for shape, options in given
             for dtype in settings.dtypes or ("float32",)
             for direction in settings.directions or ("fwd+bwd",)
         ]

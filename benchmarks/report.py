@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Iterable, Sequence
 
 from benchmarks import results as results_module
@@ -47,16 +48,22 @@ def provenance(results: Results) -> str:
 
 def suite_lines(results: Results) -> list[str]:
     """All that is said of a suite's results."""
+    if results.settings.get("random"):
+        return [*drawn_lines(results), ""]
     lines = ways_tables(results) if is_job(results) else time_table(results)
     if results.memory:
         lines += ["", "Peak memory above the inputs, MiB:", "", *memory_table(results.memory)]
     lines += ["", *verdict(results.rows)]
-    if faults := faults_of(results):
-        lines += ["", "Not timed:", "", *(f"- {fault}" for fault in faults)]
+    lines += _not_timed(results)
     if results.absent:
         absent = "; ".join(f"{name} ({why})" for name, why in results.absent.items())
         lines += ["", f"Not here: {absent}."]
     return [*lines, ""]
+
+
+def _not_timed(results: Results) -> list[str]:
+    faults = faults_of(results)
+    return ["", "Not timed:", "", *(f"- {fault}" for fault in faults)] if faults else []
 
 
 def time_table(results: Results) -> list[str]:
@@ -76,6 +83,43 @@ def time_table(results: Results) -> list[str]:
     if rates:
         head.append("torchext's rate")
     return table([head, *lines])
+
+
+_SLOWER = 1.03  # of the other's time, from which on a drawn case is said to be slower
+
+
+def drawn_lines(results: Results) -> list[str]:
+    """What is said of drawn cases: in how many of each kind it is slower, and which those are."""
+    kinds: dict[tuple[str, str], list[Row]] = {}
+    for rows in results.cases().values():
+        if (row := headline(rows)) is not None and row.times_as_fast is not None:
+            kinds.setdefault((row.dtype, row.direction), []).append(row)
+    head = ["", "cases", "slower by more than 3 %", "by more than 10 %", "median of the ratios"]
+    lines, slow = [], []
+    for (dtype, direction), rows_of_kind in kinds.items():
+        of_other = [1 / (row.times_as_fast or 1.0) for row in rows_of_kind]
+        counts = (sum(ratio > bound for ratio in of_other) for bound in (_SLOWER, 1.1))
+        cells = [str(len(of_other)), *map(str, counts), number(statistics.median(of_other))]
+        lines.append([f"{dtype} {direction}", *cells])
+        slow += [row for row, ratio in zip(rows_of_kind, of_other, strict=True) if ratio > _SLOWER]
+    seed = results.settings["seed"]
+    said = [f"Drawn cases (seed {seed}), torchext's time over the best other's:", ""]
+    said += table([head, *lines])
+    if slow:
+        slow.sort(key=lambda row: row.times_as_fast or 0.0)
+        said += [
+            "",
+            "Slower:",
+            "",
+            *table([["", "torchext", "of the other's time"], *map(_slow, slow)]),
+        ]
+    return [*said, *_not_timed(results)]
+
+
+def _slow(row: Row) -> list[str]:
+    low, high = row.times_as_fast_p90 or 1.0, row.times_as_fast_p10 or 1.0
+    ratio = ratio_text((1 / (row.times_as_fast or 1.0), 1 / low, 1 / high))
+    return [case_text(row), time_cell(row), ratio]
 
 
 def case_text(row: Row) -> str:
