@@ -108,3 +108,22 @@ def test_gradients_accumulate(backend: str) -> None:
     losses = [F.cross_entropy(logits, target, reduction=r).sum() for r in REDUCTIONS]
     (2 * losses[0] + 3 * losses[1] * losses[2]).backward()
     torch.testing.assert_close(ours, logits.grad)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_statistics_of_another_dtype_are_refused(dtype: torch.dtype) -> None:
+    """As float32 and float64 they are numbers of another width."""
+    x, target = torch.randn(3, 5, dtype=dtype), torch.tensor([0, 4, 2])
+    ops, call = torch.ops.torchext, (None, 0, -100, 0.0)
+    stats = ops.cross_entropy_forward(x, target, *call, False)[1]
+    wrong = stats.to(torch.float32 if dtype is torch.float64 else dtype)
+    upstream = torch.randn(3, dtype=dtype)
+    ops.cross_entropy_backward(upstream, x, target, None, stats, *call[1:])
+    with pytest.raises(RuntimeError, match="cross_entropy_backward: expected stats .* dtype"):
+        ops.cross_entropy_backward(upstream, x, target, None, wrong, *call[1:])
+    weight = torch.randn(5, 5, dtype=dtype)
+    with pytest.raises(RuntimeError, match="linear_cross_entropy_backward: expected stats"):
+        ops.linear_cross_entropy_backward(
+            upstream.to(stats.dtype), x, weight, target, None, None, wrong, *call[1:],
+            True, True, False,
+        )  # fmt: skip

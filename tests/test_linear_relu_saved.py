@@ -57,10 +57,11 @@ def test_without_the_weights_gradient_the_input_is_not_read(leading: tuple[int, 
     input, weight = torch.randn(*leading, 9), torch.randn(5, 9)
     output, upstream = torch.randn(*leading, 5), torch.randn(*leading, 5)
     expected = backward(upstream, output, input, weight, True, False, True)
-    actual = backward(upstream, output, weight, weight, True, False, True)
-    for grad, other in zip(actual, expected, strict=True):
-        assert grad.shape == other.shape and torch.equal(grad, other)
-    assert actual[0].shape == input.shape
+    for stand_in in (weight, input.double(), torch.ones(2, dtype=torch.int32)):
+        actual = backward(upstream, output, stand_in, weight, True, False, True)
+        for grad, other in zip(actual, expected, strict=True):
+            assert grad.shape == other.shape and torch.equal(grad, other)
+        assert actual[0].shape == input.shape
     for wrong in (torch.randn(*leading, 4), torch.randn(3, *leading, 5), output.double()):
         with pytest.raises(RuntimeError, match="linear_relu_backward: expected"):
             backward(wrong, output, weight, weight, True, False, True)

@@ -89,3 +89,12 @@ def test_dtypes_and_biases_that_the_operator_does_not_take() -> None:
     x, weight, bias = torch.randn(4, 5), torch.randn(6, 5), torch.randn(1)
     found = torch.jit.script(torchext.linear_relu)(x, weight, bias)
     torch.testing.assert_close(found, torchext.linear_relu(x, weight, bias))
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_head_of_no_classes(bias: bool) -> None:
+    """All targets ignored: the operator divides by no number of classes."""
+    head = torchext.nn.LinearCrossEntropyLoss(4, 0, bias=bias, reduction="sum")
+    x, target = torch.randn(3, 4, requires_grad=True), torch.full((3,), -100)
+    found = gradients(torch.jit.script(head), target, x)
+    torch.testing.assert_close(found, (torch.tensor(0.0), torch.zeros(3, 4)))

@@ -114,9 +114,7 @@ Tensor cross_entropy_backward_cpu(const Tensor& grad_output, const Tensor& input
                  "cross_entropy_backward: expected grad_output of ", wanted, " elements of dtype ",
                  dtype_string(input), ", but got shape ", shape_string(grad_output), " and dtype ",
                  dtype_string(grad_output));
-  TORCHEXT_CHECK(stats.numel() == 2 * shape.positions() && stats.is_contiguous(),
-                 "cross_entropy_backward: expected stats of shape [2, ", shape.positions(),
-                 "], but got ", shape_string(stats));
+  check_stats("cross_entropy_backward", stats, shape.positions(), input);
   const cpu::Call call{
       "cross_entropy", input,          target, weight, static_cast<Reduction>(reduction),
       ignore_index,    label_smoothing};

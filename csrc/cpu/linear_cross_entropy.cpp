@@ -335,9 +335,7 @@ std::tuple<Tensor, Tensor, Tensor> linear_cross_entropy_backward_cpu(
                  "linear_cross_entropy_backward: expected grad_output of ", none ? positions : 1,
                  " elements of dtype ", torch::headeronly::toString(sums), ", but got shape ",
                  shape_string(grad_output), " and dtype ", dtype_string(grad_output));
-  TORCHEXT_CHECK(stats.numel() == 2 * positions && stats.is_contiguous(),
-                 "linear_cross_entropy_backward: expected stats of shape [2, ", positions,
-                 "], but got ", shape_string(stats));
+  check_stats("linear_cross_entropy_backward", stats, positions, input);
   Gradients gradients(problem, input_grad, linear_weight_grad, linear_bias_grad);
   const Tensor grad = as_contiguous(grad_output);
   dispatch_floating(input.scalar_type(), "linear_cross_entropy", [&](auto zero) {

@@ -243,7 +243,8 @@ std::tuple<Tensor, Tensor, Tensor> linear_relu_backward_cpu(const Tensor& grad_o
   const Tensor grad = as_contiguous(grad_output);
   const Tensor result = as_contiguous(output);
 
-  dispatch_floating(input.scalar_type(), "linear_relu", [&](auto zero) {
+  // The input may be none of this call's (see the check): the weight's dtype is everyone's.
+  dispatch_floating(weight.scalar_type(), "linear_relu", [&](auto zero) {
     using scalar_t = decltype(zero);
     using acc_t = acc_type<scalar_t>;
     const int64_t blocks = (rows + kRowsPerBlock - 1) / kRowsPerBlock;
@@ -267,7 +268,7 @@ std::tuple<Tensor, Tensor, Tensor> linear_relu_backward_cpu(const Tensor& grad_o
     }
   });
 
-  dispatch_floating(input.scalar_type(), "linear_relu", [&](auto zero) {
+  dispatch_floating(weight.scalar_type(), "linear_relu", [&](auto zero) {
     using scalar_t = decltype(zero);
     cpu::Also also;
     also.pairs = true;

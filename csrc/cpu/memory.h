@@ -35,9 +35,9 @@ inline void advise(const Tensor& fresh) {
 template <typename T>
 class AlignedBuffer {
  public:
-  // At least so many numbers; what stood there may be lost.
+  // At least so many numbers, and one line for none; what stood there may be lost.
   T* of_size(int64_t size) {
-    const auto lines = static_cast<size_t>((size + kNumbers - 1) / kNumbers);
+    const auto lines = static_cast<size_t>(size / kNumbers + 1);
     if (lines_.size() < lines) lines_.resize(lines);
     return lines_.data()->numbers;
   }

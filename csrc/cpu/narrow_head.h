@@ -85,27 +85,32 @@ TORCHEXT_INLINE void head_grad_input(const HeadArgs<scalar_t>& args, int64_t row
   using Acc = simd::Vector<scalar_t, kLanes>;
   const scalar_t* grad = args.logits + row * kHeadClasses;
   scalar_t* result = args.grad_input + row * args.features;
-  int64_t k = 0;
-  // Two vectors at a time: sums enough to hide the additions' latency.
-  const auto run = [&](auto vectors) __attribute__((always_inline)) {
-    for (; k + vectors * kLanes <= args.features; k += vectors * kLanes) {
-      Acc sum[kRows][vectors] = {};
-      for (int64_t c = 0; c < args.classes; ++c) {
-        const scalar_t* row_of_weight = args.weight + c * args.weight_stride + k;
-        for (int v = 0; v < vectors; ++v) {
-          const Acc weight = simd::load<kLanes>(row_of_weight + v * kLanes);
-          for (int i = 0; i < kRows; ++i) sum[i][v] += grad[i * kHeadClasses + c] * weight;
-        }
+  // Two vectors at a time: sums enough to hide the additions' latency; the last one overlaps.
+  const auto write = [&](int64_t k, auto vectors) __attribute__((always_inline)) {
+    Acc sum[kRows][vectors] = {};
+    for (int64_t c = 0; c < args.classes; ++c) {
+      const scalar_t* row_of_weight = args.weight + c * args.weight_stride + k;
+      for (int v = 0; v < vectors; ++v) {
+        const Acc weight = simd::load<kLanes>(row_of_weight + v * kLanes);
+        for (int i = 0; i < kRows; ++i) sum[i][v] += grad[i * kHeadClasses + c] * weight;
       }
-      for (int i = 0; i < kRows; ++i) {
-        for (int v = 0; v < vectors; ++v) {
-          simd::store<kLanes>(result + i * args.features + k + v * kLanes, sum[i][v]);
-        }
+    }
+    for (int i = 0; i < kRows; ++i) {
+      for (int v = 0; v < vectors; ++v) {
+        simd::store<kLanes>(result + i * args.features + k + v * kLanes, sum[i][v]);
       }
     }
   };
-  run(std::integral_constant<int, 2>{});
-  run(std::integral_constant<int, 1>{});
+  int64_t k = 0;
+  for (; k + 2 * kLanes <= args.features; k += 2 * kLanes) {
+    write(k, std::integral_constant<int, 2>{});
+  }
+  if (args.features >= kLanes) {
+    for (; k < args.features; k += kLanes) {
+      write(std::min(k, args.features - kLanes), std::integral_constant<int, 1>{});
+    }
+    return;
+  }
   for (; k < args.features; ++k) {
     for (int i = 0; i < kRows; ++i) {
       scalar_t sum = 0;
@@ -219,10 +224,11 @@ class NarrowHead {
   // The narrow dtypes round as the library does: they stay with it.
   static constexpr bool kServed = std::is_same_v<scalar_t, simd::acc_type<scalar_t>>;
 
-  // Whether these products serve a call: few classes, rows that are contiguous.
+  // Whether these products serve a call: few classes but some, rows that are contiguous.
   static bool serves(const Tensor& input, const Tensor& weight) {
-    return kServed && weight.size(0) <= kHeadClasses && weight.size(1) <= kHeadFeatures &&
-           weight.size(1) > 0 && input.stride(1) == 1 && weight.stride(1) == 1;
+    return kServed && weight.size(0) > 0 && weight.size(0) <= kHeadClasses &&
+           weight.size(1) <= kHeadFeatures && weight.size(1) > 0 && input.stride(1) == 1 &&
+           weight.stride(1) == 1;
   }
 
   NarrowHead(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias) {

@@ -251,10 +251,10 @@ void Product<scalar_t>::run() const {
     const bool shares_rows = by_rows && each >= kByRowsEach &&
                              inner <= (wide_vectors() ? kByRowsInner : kByRowsInnerAvx2);
     if (shares_rows || (direct && each >= kDirectEach)) {
-      tasks.row_blocks = std::max(shares, divide_up(rows, kFewRows));
+      tasks.row_blocks = shares;
     } else {
       tasks.panel_groups = std::min(panels, shares);
-      tasks.row_blocks = std::max(divide_up(shares, tasks.panel_groups), divide_up(rows, kFewRows));
+      tasks.row_blocks = divide_up(shares, tasks.panel_groups);
     }
     tasks.pack_left = panels / tasks.panel_groups >=
                       (crowds(*this, left.column_stride) ? kPackLeftColumns : pack_left_from());

@@ -24,7 +24,8 @@ struct Matrix {
 // over `inner` in an order that depends on nothing but `inner`, the instruction set and, of few
 // columns, or in float32 and float64 of small products on Intel's processors and with AVX2, the
 // right matrix's layout and how many columns it has (`dots_serve`), of one column both matrices':
-// neither on the threads nor on the other rows. out: column_stride 1.
+// never on the threads, and on the other rows only in that those of a product that is not small are
+// not summed as a small one's are. out: column_stride 1.
 template <typename scalar_t>
 struct Product {
   Matrix<scalar_t> out;
@@ -62,7 +63,7 @@ template <typename scalar_t>
 bool product_serves(const Product<scalar_t>& product);
 
 // Whether dot products (product_dots.cpp) are the faster ones for what our own kernel serves. Of
-// one that is always ours a matter of `inner` and of the right matrix alone.
+// one that is always ours, or small, a matter of `inner` and of the right matrix alone.
 template <typename scalar_t>
 bool dots_serve(const Product<scalar_t>& product);
 

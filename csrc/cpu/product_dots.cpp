@@ -1,8 +1,9 @@
 // Products by a matrix whose columns are contiguous, as a weight's are forward: each element is the
 // dot product of two stretches of memory, and nothing is packed or turned. A vector holds the sums
 // of inner steps a vector apart, which are added up in the end. Those are not the bits of
-// product_tile: which of the two serves is a matter of `inner` and of the right matrix, never of
-// the rows (`dots_serve`). Columns of 16-bit numbers are widened once for all rows of a block.
+// product_tile: which of the two serves is a matter of `inner` and of the right matrix, and where
+// only small products are always our own, of whether this one is (`dots_serve`). Columns of 16-bit
+// numbers are widened once for all rows of a block.
 #include <vector>
 
 #include "cpu/dispatch.h"

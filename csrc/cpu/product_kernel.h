@@ -251,7 +251,7 @@ TORCHEXT_INLINE void run_product_tile(const ProductTile<scalar_t>& tile, int64_t
 
 // Rows of strip `index` of `strips` that share `rows` rows as evenly as they can.
 inline std::pair<int64_t, int64_t> strip_rows(int64_t rows, int64_t strips, int64_t index) {
-  return {rows * index / strips, rows * (index + 1) / strips};
+  return {share(rows, strips, index), share(rows, strips, index + 1)};
 }
 
 // Memory of the thread that it keeps (`which`): strips, a panel, and the panels that are packed

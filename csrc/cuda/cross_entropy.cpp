@@ -69,10 +69,7 @@ Tensor cross_entropy_backward_cuda(const Tensor& grad_output, const Tensor& inpu
                  dtype_string(grad_output));
   const auto guard = cuda::on_device_of(input);
   auto call = CrossEntropyCall::of(input, target, weight, shape, ignore_index, label_smoothing);
-  TORCHEXT_CHECK(stats.numel() == 2 * shape.positions() && stats.is_contiguous() &&
-                     dtype_code(stats) == call.acc_dtype(),
-                 "cross_entropy_backward: expected stats of shape [2, ", shape.positions(),
-                 "], but got ", shape_string(stats), " and dtype ", dtype_string(stats));
+  check_stats("cross_entropy_backward", stats, shape.positions(), input);
   const Tensor grad = as_contiguous(grad_output);
   const Tensor gradient = call.new_gradient();
   call.args.grad_output = grad.const_data_ptr();

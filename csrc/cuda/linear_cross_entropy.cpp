@@ -80,10 +80,7 @@ std::tuple<Tensor, Tensor, Tensor> linear_cross_entropy_backward_within(
                  shape_string(grad_output), " and dtype ", dtype_string(grad_output));
   const Gradients gradients(problem, input_grad, linear_weight_grad, linear_bias_grad);
   LinearCrossEntropyCall call(problem, gradients, ignore_index, label_smoothing);
-  TORCHEXT_CHECK(stats.numel() == 2 * rows && stats.is_contiguous() &&
-                     dtype_code(stats) == call.loss.acc_dtype(),
-                 "linear_cross_entropy_backward: expected stats of shape [2, ", rows,
-                 "], but got shape ", shape_string(stats), " and dtype ", dtype_string(stats));
+  check_stats("linear_cross_entropy_backward", stats, rows, input);
   const Tensor grad = as_contiguous(grad_output);
   CrossEntropyArgs& args = call.loss.args;
   args.wide = true;

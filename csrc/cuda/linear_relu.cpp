@@ -71,7 +71,8 @@ std::tuple<Tensor, Tensor, Tensor> linear_relu_backward_cuda(const Tensor& grad_
   const LinearShape shape =
       check_linear_relu_backward(grad_output, output, input, weight, weight_grad);
   const auto guard = cuda::on_device_of(input);
-  const Dtype dtype = cuda::dtype_of(input, "linear_relu");
+  // The input may be none of this call's (see the check): the weight's dtype is everyone's.
+  const Dtype dtype = cuda::dtype_of(weight, "linear_relu");
   const cudaStream_t stream = cuda::current_stream(input);
   const int64_t rows = shape.rows;
   const int64_t columns = shape.out_features;

@@ -106,6 +106,17 @@ inline CrossEntropyShape check_cross_entropy(const Tensor& input, const Tensor& 
   return shape;
 }
 
+// What a backward is given of its forward: contiguous numbers of the dtype of sums.
+inline void check_stats(const char* op, const Tensor& stats, int64_t positions,
+                        const Tensor& input) {
+  const ScalarType sums = accumulation_dtype(input.scalar_type());
+  TORCHEXT_CHECK(
+      stats.numel() == 2 * positions && stats.is_contiguous() && stats.scalar_type() == sums, op,
+      ": expected stats of shape [2, ", positions, "] and dtype ",
+      torch::headeronly::toString(sums), ", but got shape ", shape_string(stats), " and dtype ",
+      dtype_string(stats));
+}
+
 // Strides over (N, C, S) of a tensor of input's sizes; nullopt where d1, d2, ... have no common
 // one.
 inline std::optional<Strides> class_strides(const Tensor& tensor) {
