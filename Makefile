@@ -59,7 +59,7 @@ compile-triton: setup build/triton-oldest/stamp  ## compile every Triton kernel 
 	$(BIN)/python scripts/compile_triton.py --also build/triton-oldest $(ARGS)
 
 # The machine's own python3, torch, nvcc and Triton: such a machine may have no network.
-gpu-check:  ## on a machine with a GPU: build, all tests on CUDA, benchmarks, into OUT=dir
+gpu-check:  ## on a machine with a GPU: build, tests on CUDA (cases drawn), benchmarks, into OUT=dir
 	$(PYTHON) scripts/gpu_check.py --out "$(or $(OUT),runs/gpu-check)" $(ARGS)
 
 wheel: setup  ## build the abi3 wheel into dist/

@@ -132,7 +132,9 @@ class Check:
             self.say(
                 f"{stage.name:22} {stage.status:24} {stage.took:6.0f} s  {stage.last_line[:90]}"
             )
-        self.say(f"{'all passed' if passed else 'NOT all passed'}; in {self.out}")
+        lacking = [stage.name for stage in self.stages if stage.status == "not here"]
+        but = f", but without {', '.join(lacking)}" if lacking else ""
+        self.say(f"{'all passed' if passed else 'NOT all passed'}{but}; in {self.out}")
         return int(not passed)
 
 

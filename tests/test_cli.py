@@ -166,7 +166,7 @@ def test_without_tqdm_and_matplotlib(data, tmp_path, monkeypatch, capsys):
     assert "loss.png" not in printed.out
     assert (
         "torchext train: no progress bar and no loss.png: tqdm and matplotlib not installed "
-        "(pip install 'torchext[train]')\n" in printed.err
+        "(pip install tqdm matplotlib)\n" in printed.err
     )
 
 

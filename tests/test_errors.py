@@ -166,6 +166,43 @@ def test_bad_input(op: str, call: Call, name: str) -> None:
         assert any(word in str(error) for word in words.split("/"))
 
 
+@pytest.mark.parametrize("extras", [{"z_loss": 1e-3}, {"return_lse": True}], ids=str)
+@pytest.mark.parametrize("call", CROSS_ENTROPY.values(), ids=CROSS_ENTROPY.keys())
+def test_bad_input_beside_extras(call: Call, extras: dict[str, Any]) -> None:
+    ours, stock = OPS["cross_entropy"]
+    error = raised(ours, Call(*call.args, says="", **call.kwargs, **extras))
+    assert type(error) is type(raised(stock, call))
+    for words in ("cross_entropy", *call.words):
+        assert any(word in str(error) for word in words.split("/"))
+
+
+HEAD = (X, torch.eye(5), T)
+EXTRAS = {
+    "z_loss is text": Call(z_loss="a", says="z_loss|str"),
+    "z_loss is None": Call(z_loss=None, return_lse=True, says="z_loss|NoneType"),
+    "softcap is text": Call(softcap="a", says="softcap|str"),
+    "logit_scale is a list": Call(logit_scale=[1.0], says="logit_scale|list"),
+    "weight is a number": Call(weight=3, z_loss=0.1, says="weight|int"),
+    "label_smoothing is None": Call(
+        label_smoothing=None, z_loss=0.1, says="label_smoothing|NoneType"
+    ),
+}
+
+
+@pytest.mark.parametrize("op", ["cross_entropy", "linear_cross_entropy"])
+@pytest.mark.parametrize("call", EXTRAS.values(), ids=EXTRAS.keys())
+def test_bad_extras(op: str, call: Call) -> None:
+    args = (X, T) if op == "cross_entropy" else HEAD
+    error = raised(getattr(torchext, op), Call(*args, says="", **call.kwargs))
+    assert type(error) is TypeError
+    assert all(word in str(error) for word in (op, *call.words))
+
+
+def test_a_bias_that_is_no_tensor_beside_extras() -> None:
+    with pytest.raises(TypeError, match="linear_cross_entropy: expected linear_bias .*int"):
+        torchext.linear_cross_entropy(*HEAD, linear_bias=3, z_loss=0.1)
+
+
 @pytest.mark.parametrize(("op", "call"), TABLE)
 def test_bad_input_of_tensors_that_want_gradients(op: str, call: Call) -> None:
     """The path that saves for backward checks as much."""
@@ -224,9 +261,11 @@ def test_the_old_name_of_the_mean(op: str, name: str) -> None:
     ours = getattr(torchext, op)
     arguments = (X, T) if op == "cross_entropy" else (X, torch.eye(X.shape[1]), T)
     with torchext.use_backend(name):
-        torch.testing.assert_close(
-            ours(*arguments, reduction="elementwise_mean"), F.cross_entropy(X, T)
-        )
+        for extras in ({}, {"ignored_mean": "zero"}, {"logit_scale": 2.0}):
+            torch.testing.assert_close(
+                ours(*arguments, reduction="elementwise_mean", **extras),
+                F.cross_entropy(X * extras.get("logit_scale", 1.0), T),
+            )
 
 
 def test_a_bad_call_leaves_the_next_one_alone() -> None:

@@ -239,7 +239,7 @@ def _introduce(settings: Settings, digits: Digits, steps: int, done: int) -> Non
         lost = {"tqdm": "progress bar", "matplotlib": "loss.png"}
         _complain(
             f"no {' and no '.join(lost[name] for name in missing)}: {' and '.join(missing)} "
-            "not installed (pip install 'torchext[train]')"
+            f"not installed (pip install {' '.join(missing)})"
         )
     native = torchext.backends()["native"]
     if settings.model == "fused" and not native.available:

@@ -89,12 +89,12 @@ def cross_entropy(
     mean over no target is NaN, as in torch.
 
     Takes every call that ``F.cross_entropy`` takes, with the same result and gradients, and int32
-    class indices as well. float32, float64, bfloat16 and float16 on the CPU run on the fused
-    kernel, which sums in float32 or wider and gives the same bits for any number of threads;
-    anything else, and what is too small to gain, runs as the stock op. Under autocast it computes
-    in float32, as the stock op does. Between forward and backward the logits may be changed in
-    place, as with the stock op, but not with reduction "none", float16, extras or compiled: there
-    backward reads them, and autograd raises the usual error.
+    class indices as well. float32, float64, bfloat16 and float16 on the CPU, or on a GPU, run on
+    the fused kernels, which sum in float32 or wider and give the same bits for any number of
+    threads; anything else, and what is too small to gain, runs as the stock op. Under autocast it
+    computes in float32, as the stock op does. Between forward and backward the logits may be
+    changed in place, as with the stock op, but not with reduction "none", float16, extras or
+    compiled: there backward reads them, and autograd raises the usual error.
 
     Args:
         input: the logits, not normalised.
@@ -319,11 +319,7 @@ def _settle(
             ("label_smoothing", label_smoothing, _errors.FLOAT),
         ),
     )
-    if reduction not in (*_NAMES, *cross_entropy_fake.DEPRECATED_REDUCTIONS):
-        raise ValueError(
-            f"cross_entropy: expected reduction to be one of {_NAMES}, but got {reduction!r}: "
-            f"{reduction} is not a valid value for reduction"
-        ) from None
+    cross_entropy_fake.check_reduction("cross_entropy", reduction)
     code = _REDUCTIONS.get(reduction, 1)
     return _errors.settle(
         error,

@@ -1,4 +1,4 @@
-"""Shapes, dtypes and strides of cross_entropy's registered operators, for fake tensors.
+"""The reductions; and shapes, dtypes and strides of cross_entropy's operators, for fake tensors.
 
 The eager definition is called too, so that shapes that do not go together raise here as well.
 """
@@ -13,6 +13,15 @@ from torchext import reference
 REDUCTIONS = ("none", "mean", "sum")
 # What stock takes, with a warning, for "mean": the eager definition has it.
 DEPRECATED_REDUCTIONS = ("elementwise_mean",)
+
+
+def check_reduction(op: str, reduction: object) -> None:
+    """Raises stock's ValueError for what is none of these."""
+    if reduction not in (*REDUCTIONS, *DEPRECATED_REDUCTIONS):
+        raise ValueError(
+            f"{op}: expected reduction to be one of {REDUCTIONS}, but got {reduction!r}: "
+            f"{reduction} is not a valid value for reduction"
+        ) from None
 
 
 def empty_gradient(input: Tensor) -> Tensor:

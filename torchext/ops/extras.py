@@ -21,9 +21,10 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import _reduction
 
 from torchext import _errors, reference
-from torchext.ops.cross_entropy_fake import REDUCTIONS
+from torchext.ops.cross_entropy_fake import REDUCTIONS, check_reduction
 
 _MEANS = ("nan", "zero")
 _WIDE = (torch.float32, torch.float64)
@@ -40,13 +41,12 @@ class Extras(NamedTuple):
     return_argmax: bool = False
     ignored_mean: str = "nan"
 
-    def check(self, op: str, reduction: str = "mean") -> None:
-        """Raises ValueError for values that have no meaning."""
-        if reduction not in REDUCTIONS:
-            raise ValueError(
-                f"{op}: expected reduction to be one of {REDUCTIONS}, but got {reduction!r}: "
-                f"{reduction} is not a valid value for reduction"
-            )
+    def check(self, op: str) -> None:
+        """Raises TypeError for what is no number, ValueError for values that have no meaning."""
+        _check_number(op, "z_loss", self.z_loss)
+        if self.softcap is not None:
+            _check_number(op, "softcap", self.softcap)
+        _check_number(op, "logit_scale", self.logit_scale)
         if self.softcap is not None and not 0 < self.softcap < math.inf:
             raise ValueError(
                 f"{op}: expected softcap above 0, finite, or None, but got {self.softcap}"
@@ -81,12 +81,33 @@ Loss = Callable[[Tensor, Tensor, Tensor | None, int, str, float], Tensor]
 Result = Tensor | tuple[Tensor, ...]
 
 
+def _check_number(op: str, name: str, value: object) -> None:
+    # A tensor is one as well: a scale may be learned. (Dynamo asks a SymFloat for no attribute.)
+    if not isinstance(value, (*_errors.FLOAT, Tensor)) and not hasattr(value, "__float__"):
+        raise TypeError(f"{op}: expected {name} to be a number, but got {type(value).__name__}")
+
+
 def _check(
-    op: str, extras: Extras, reduction: str, ignore_index: int | None, **tensors: Tensor
-) -> None:
+    op: str,
+    extras: Extras,
+    reduction: str,
+    ignore_index: int | None,
+    label_smoothing: float,
+    tensors: dict[str, Tensor],
+    optional: dict[str, Tensor | None],
+) -> str:
+    """Refuses arguments of other types, and values without meaning; returns the reduction."""
     _errors.check_types(op, ((name, value, _errors.TENSOR) for name, value in tensors.items()))
+    _errors.check_types(
+        op, ((name, value, _errors.OPTIONAL_TENSOR) for name, value in optional.items())
+    )
     _errors.check_types(op, (("ignore_index", ignore_index, _errors.OPTIONAL_INT),))
-    extras.check(op, reduction)
+    _check_number(op, "label_smoothing", label_smoothing)
+    extras.check(op)
+    check_reduction(op, reduction)
+    if reduction in REDUCTIONS:
+        return reduction
+    return REDUCTIONS[_reduction.get_enum(reduction)]  # the deprecated one, with torch's warning
 
 
 def _widened(target: Tensor) -> Tensor:
@@ -121,7 +142,11 @@ def cross_entropy(
     Returns:
         The loss, or a tuple of it, the lse and the argmax, as far as they are asked for.
     """
-    _check("cross_entropy", extras, reduction, ignore_index, input=input, target=target)
+    tensors_of = {"input": input, "target": target}
+    optional = {"weight": weight}
+    reduction = _check(
+        "cross_entropy", extras, reduction, ignore_index, label_smoothing, tensors_of, optional
+    )
     if extras.need_logits:
         from torchext.ops import extras_logits  # made of what is here
 
@@ -150,21 +175,19 @@ def defined(
         logits = logits * extras.logit_scale
     if extras.softcap is not None:
         logits = extras.softcap * torch.tanh(logits / extras.softcap)
-    class_dim = 0 if logits.dim() <= 1 else 1
-    lse = None
-    if extras.z_loss != 0 or extras.return_lse:
-        from torchext.ops.extras_lse import log_sum_exp  # made of what is here
+    from torchext.ops.extras_lse import log_sum_exp  # made of what is here
 
-        lse = log_sum_exp(logits)
+    # The loss comes first: it refuses what is wrong, in stock's classes.
     options = (label_smoothing,)
+    lse = None
     if extras.z_loss == 0:
         loss = mean_or(
             lambda how: loss_of(logits, target, weight, ignore_index, how, *options),
             extras, reduction, target, weight, ignore_index, logits,
         )  # fmt: skip
     else:
-        assert lse is not None
         rows = loss_of(logits, target, weight, ignore_index, "none", *options)
+        lse = log_sum_exp(logits)
         squares = extras.z_loss * lse.square()
         if not target.is_floating_point():
             squares = squares.masked_fill(target.reshape(squares.shape) == ignore_index, 0)
@@ -177,10 +200,9 @@ def defined(
         return loss
     result = [loss]
     if extras.return_lse:
-        assert lse is not None
-        result.append(lse)
+        result.append(log_sum_exp(logits) if lse is None else lse)
     if extras.return_argmax:
-        result.append(logits.argmax(class_dim))
+        result.append(logits.argmax(0 if logits.dim() <= 1 else 1))
     return tuple(result)
 
 
@@ -215,7 +237,8 @@ def linear_cross_entropy(
     """
     op = "linear_cross_entropy"
     tensors_of = {"input": input, "linear_weight": linear_weight, "target": target}
-    _check(op, extras, reduction, ignore_index, **tensors_of)
+    optional = {"linear_bias": linear_bias, "weight": weight}
+    reduction = _check(op, extras, reduction, ignore_index, label_smoothing, tensors_of, optional)
     target = _widened(target)
     ignored = -100 if ignore_index is None else ignore_index
     rest = extras._replace(logit_scale=1.0)

@@ -2,7 +2,8 @@
 
 Workspace: on the CPU 384 rows of logits (more where they take less than 8 MiB) in at most 64 MiB,
 elsewhere 512 MiB, or 256 rows where those are more. Where no kernel serves, again as much for
-softcap, and half for narrow logits. Logits that are given need none with a kernel.
+softcap, and half for narrow logits. Logits that are given need none with a kernel. Of more rows
+than that 16-bit tensors' gradient of the weight is summed in float32, which is twice its size.
 
 Siblings: torchext/ops/extras_chunks.py (the arithmetic).
 """

@@ -26,7 +26,7 @@ from torchext.ops import extras as with_extras
 from torchext.ops import extras_autograd
 from torchext.ops import linear_cross_entropy_fake as fakes
 from torchext.ops import linear_cross_entropy_gpu as gpu
-from torchext.ops.cross_entropy_fake import DEPRECATED_REDUCTIONS, REDUCTIONS
+from torchext.ops.cross_entropy_fake import check_reduction
 from torchext.ops.extras import Extras
 from torchext.ops.linear_cross_entropy_call import (
     CODES,
@@ -65,8 +65,9 @@ def linear_cross_entropy(
     as torch 2.13's ``F.linear_cross_entropy``, but for memory. Beside the gradients it needs, on
     the CPU, one buffer of 384 rows of logits (more where they take less than 8 MiB), of at most
     64 MiB, or of 256 rows where those are more; on a GPU, by the CUDA library, 1072 MiB of logits
-    where linear_weight's gradient is wanted, else 512 MiB; by Triton 128 MiB, and for 16-bit dtypes
-    float32 sums of linear_weight's gradient. With extras: see `torchext.ops.extras_source`.
+    where linear_weight's gradient is wanted, else 512 MiB; by Triton 128 MiB. For 16-bit dtypes on
+    the CPU (of more rows than that) and by Triton float32 sums of linear_weight's gradient as well.
+    With extras: see `torchext.ops.extras_source`.
 
     float32, float64, bfloat16 and float16 run on the fused kernels, on the CPU or a GPU, with
     class indices and probabilities, class weights, label smoothing and every reduction, under
@@ -297,11 +298,7 @@ def _settle(
             ("label_smoothing", label_smoothing, _errors.FLOAT),
         ),
     )
-    if reduction not in (*REDUCTIONS, *DEPRECATED_REDUCTIONS):
-        raise ValueError(
-            f"{op}: expected reduction to be one of {REDUCTIONS}, but got {reduction!r}: "
-            f"{reduction} is not a valid value for reduction"
-        ) from None
+    check_reduction(op, reduction)
     ignored = -100 if ignore_index is None else ignore_index
     options = (CODES.get(reduction, 1), ignored, label_smoothing, False, False, False)
     given = (reduction, ignore_index, label_smoothing)

@@ -32,9 +32,9 @@ def linear_relu(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Te
 
     Takes every call that ``F.relu(F.linear(input, weight, bias))`` takes, with the same result and
     gradients: the gradient at 0 is 0, NaN stays NaN. Only the gradients that are asked for are
-    computed. float32, float64, bfloat16 and float16 on the CPU run on the fused kernel; anything
-    else runs as the two stock ops. Under autocast it takes the
-    dtype that ``F.linear`` takes.
+    computed. float32, float64, bfloat16 and float16 on the CPU, or on a GPU, run on the fused
+    kernels; anything else runs as the two stock ops. Under autocast it takes the dtype that
+    ``F.linear`` takes.
 
     Args:
         input: the features.
