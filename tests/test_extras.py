@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Any
 
 import pytest
@@ -284,18 +285,60 @@ def test_a_mean_of_float16_does_not_overflow_in_its_sum(extras: dict[str, Any]) 
 
 @pytest.mark.parametrize("classes", [8, 20])
 @pytest.mark.parametrize("extras", [{"return_argmax": True}, {"softcap": 1e4}, {"z_loss": 0.1}])
-def test_a_mean_over_targets_without_weight_is_nan(classes: int, extras: dict[str, Any]) -> None:
-    """Whatever label smoothing adds to it."""
-    logits, target = torch.randn(4, classes), torch.tensor([0, 2, 0, 2])
+def test_a_mean_over_targets_without_weight(classes: int, extras: dict[str, Any]) -> None:
+    """NaN, or 0 without a gradient, whatever label smoothing adds to it."""
+    logits, target = torch.randn(4, classes, requires_grad=True), torch.tensor([0, 2, 0, 2])
     weight = torch.ones(classes)
     weight[::2] = 0
-    features, head = torch.randn(4, 5), torch.randn(classes, 5)
+    features, head = torch.randn(4, 5, requires_grad=True), torch.randn(classes, 5)
     assert F.cross_entropy(logits, target, weight, label_smoothing=0.1).isnan()
     for backend in ("auto", "eager"):
         with torchext.use_backend(backend):
             options: dict[str, Any] = {"weight": weight, "label_smoothing": 0.1, **extras}
-            for found in (
-                torchext.cross_entropy(logits, target, **options),
-                torchext.linear_cross_entropy(features, head, target, **options),
+            for leaf, loss_of in (
+                (logits, partial(torchext.cross_entropy, logits, target, **options)),
+                (
+                    features,
+                    partial(torchext.linear_cross_entropy, features, head, target, **options),
+                ),
             ):
-                assert as_tuple(found)[0].isnan()
+                assert as_tuple(loss_of())[0].isnan()
+                zero = as_tuple(loss_of(ignored_mean="zero"))[0]
+                assert zero == 0 and not torch.autograd.grad(zero, leaf)[0].any()
+
+
+@pytest.mark.parametrize(
+    "extras", [{"softcap": 30.0}, {"z_loss": 0.1, "return_lse": True}], ids=str
+)
+@pytest.mark.parametrize("leading", [(), (6,), (2, 3)], ids=str)
+def test_no_features(leading: tuple[int, ...], extras: dict[str, Any]) -> None:
+    bias = torch.randn(5, requires_grad=True)
+    x, weight, target = torch.randn(*leading, 0), torch.randn(5, 0), torch.randint(5, leading)
+    found = torchext.linear_cross_entropy(x, weight, target, linear_bias=bias, **extras)
+    rows = bias.expand(*leading, 5).reshape(-1, 5)
+    expected = as_tuple(torchext.cross_entropy(rows, target.reshape(-1), **extras))
+    torch.testing.assert_close(as_tuple(found)[0], expected[0])
+    upstream = torch.randn(())
+    torch.testing.assert_close(
+        torch.autograd.grad(as_tuple(found)[0], bias, upstream),
+        torch.autograd.grad(expected[0], bias, upstream),
+    )
+
+
+@pytest.mark.parametrize("softcap", [5.0, 30.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_logits_far_beyond_the_cap_have_their_gradients(dtype: torch.dtype, softcap: float) -> None:
+    """Of 1 - tanh^2 nothing is left there but tanh's rounding."""
+    size = torch.tensor([0.3, 1, 2, 4, 6, 8])[:, None] * softcap
+    x = (torch.randn(6, 40).sign() * size * torch.empty(6, 40).uniform_(0.9, 1.1)).to(dtype)
+    target, upstream = torch.randint(40, (6,)), torch.randn(6, dtype=dtype)
+    leaf = x.clone().requires_grad_()
+    with torchext.use_backend("native"):
+        rows = torchext.cross_entropy(leaf, target, softcap=softcap, reduction="none")
+    (found,) = torch.autograd.grad(rows, leaf, upstream)
+    u = x.double() / softcap
+    e = torch.exp(-2 * u.abs())
+    of_z = (softcap * u.tanh()).softmax(1) - F.one_hot(target, 40)
+    expected = upstream.double()[:, None] * of_z * 4 * e / (1 + e) ** 2
+    errors = ((found.double() - expected) / expected).abs().mean(1)
+    assert errors.max() < 40 * torch.finfo(dtype).eps

@@ -37,12 +37,18 @@ def _tanh(x):
 
 @triton.jit
 def _transformed(row, c, mask, softcap, logit_scale, CAPPED: tl.constexpr, ACC: tl.constexpr):
-    """The logits, scaled and capped, -inf beyond the classes."""
+    """The logits, scaled and capped, -inf beyond the classes; and softcap's derivative.
+
+    That is of tanh itself, whose product with the cap is rounded once more.
+    """
     z = tl.load(row + c, mask=mask, other=0.0).to(ACC) * tl.full([], logit_scale, ACC)
+    slope = tl.full([], 1.0, ACC)
     if CAPPED:
         cap = tl.full([], softcap, ACC)
-        z = cap * _tanh(z / cap)
-    return tl.where(mask, z, -float("inf"))
+        t = _tanh(z / cap)
+        z = cap * t
+        slope = 1.0 - t * t
+    return tl.where(mask, z, -float("inf")), slope
 
 
 @triton.jit(do_not_specialize=["ignore_index"])
@@ -98,7 +104,7 @@ def cross_entropy_extras_kernel(
         )
         if losses is not None:
             # Before any gradient is written, which may take the place of the logits.
-            target_z = _transformed(row, index, valid, softcap, logit_scale, CAPPED, ACC)
+            target_z, _ = _transformed(row, index, valid, softcap, logit_scale, CAPPED, ACC)
             target_z = tl.where(valid, target_z, 0.0)
         index = tl.where(valid, index, -1)
     z_weight = tl.full([], z_loss, ACC)
@@ -115,7 +121,7 @@ def cross_entropy_extras_kernel(
         for begin in range(0, classes, K * L):
             c = begin + lane
             mask = c < classes
-            z = _transformed(row, c, mask, softcap, logit_scale, CAPPED, ACC)
+            z, _ = _transformed(row, c, mask, softcap, logit_scale, CAPPED, ACC)
             before = base_of(lane_max)
             lane_max, lane_sum, shifted = extended(lane_max, lane_sum, z)
             if lane_mass is not None:
@@ -137,7 +143,7 @@ def cross_entropy_extras_kernel(
             for begin in range(0, classes, K * L):
                 c = begin + lane
                 mask = c < classes
-                z = _transformed(row, c, mask, softcap, logit_scale, CAPPED, ACC)
+                z, _ = _transformed(row, c, mask, softcap, logit_scale, CAPPED, ACC)
                 first_nan = tl.minimum(
                     first_nan, tl.min(tl.where(mask & (z != z), c, 0x7FFFFFFF), 0)
                 )
@@ -150,7 +156,7 @@ def cross_entropy_extras_kernel(
             some = tl.zeros([L], tl.int32)
             for begin in range(0, classes, K * L):
                 c = begin + lane
-                z = _transformed(row, c, c < classes, softcap, logit_scale, CAPPED, ACC)
+                z, _ = _transformed(row, c, c < classes, softcap, logit_scale, CAPPED, ACC)
                 some = tl.maximum(some, tl.max((z != z).to(tl.int32), 0))
             maximum = tl.where(tl.max(some, 0) > 0, float("nan"), maximum)
         tl.store(stats + position, maximum)
@@ -198,7 +204,7 @@ def cross_entropy_extras_kernel(
         for begin in range(0, classes, K * L):
             c = begin + lane
             mask = c < classes
-            z = _transformed(row, c, mask, softcap, logit_scale, CAPPED, ACC)
+            z, slope = _transformed(row, c, mask, softcap, logit_scale, CAPPED, ACC)
             value = tl.exp(z - base) * scale
             if mass is not None:
                 dense = None
@@ -211,8 +217,7 @@ def cross_entropy_extras_kernel(
             elif target is not None:
                 value -= tl.where(c == index.to(tl.int32), weight_t * g, 0.0)
             if CAPPED:
-                t = z / tl.full([], softcap, ACC)
-                value *= tl.maximum(1.0 - t * t, 0.0)  # t may be rounded beyond 1
+                value *= slope
             tl.store(gradient + position * gradient_stride + c, value, mask=mask)
 
 

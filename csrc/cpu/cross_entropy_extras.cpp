@@ -146,7 +146,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> cross_entropy_extras_
     divisor = how == Reduction::kMean ? prepared.mass : 1.0;
     // As in torchext/ops/extras.py, mean_or.
     if (divisor == 0) {
-      divisor = ignored_mean_zero ? 1.0 : std::numeric_limits<double>::quiet_NaN();
+      using Limits = std::numeric_limits<double>;
+      divisor = ignored_mean_zero ? Limits::infinity() : Limits::quiet_NaN();
     }
     const acc_t share = static_cast<acc_t>(1.0 / divisor);
     if (save_gradient) prepared.args.grad_loss = &share;  // every row's: its stride is 0

@@ -4,7 +4,7 @@
 //
 //   loss       = W_t (log S - (z_t - m)) + sum_c q_c (log S - (z_c - m)) + z_loss lse^2
 //   gradient_c = (exp(z_c - m) (g (W_t + sum q + 2 z_loss lse) + h) / S - g q_c - g [c = t] W_t)
-//                logit_scale (1 - (z_c / softcap)^2)
+//                logit_scale tanh'(logit_scale x_c / softcap)
 //
 // g and h the gradients of the row's loss and lse, the others as there.
 #pragma once
@@ -37,14 +37,16 @@ struct ExtrasArgs {
 // Memory of one thread for one row.
 template <typename acc_t>
 struct ExtrasScratch {
-  std::vector<acc_t> z, exps, probabilities;
+  std::vector<acc_t> z, slopes, exps, probabilities;
 };
 
-// z of a row. Logits that are small beside the cap, as most are, need tanh's polynomial alone: it
-// is looked for in groups of vectors (1024 x 1000 floats, all small: 350 us, 660 without).
+// z of a row, and of a capped one that wants a gradient softcap's derivative. Logits that are small
+// beside the cap, as most are, need tanh's polynomial alone: it is looked for in groups of vectors
+// (1024 x 1000 floats, all small: 350 us, 660 without).
 template <class Isa, typename scalar_t>
 TORCHEXT_INLINE void transform_row(const ExtrasArgs<scalar_t>& args, const scalar_t* x,
-                                   acc_type<scalar_t>* z, int64_t classes) {
+                                   acc_type<scalar_t>* z, acc_type<scalar_t>* slopes,
+                                   int64_t classes) {
   using acc_t = acc_type<scalar_t>;
   constexpr int kLanes = kLanesOf<Isa, scalar_t>;
   constexpr int kGroup = 4;
@@ -55,7 +57,10 @@ TORCHEXT_INLINE void transform_row(const ExtrasArgs<scalar_t>& args, const scala
     return simd::load<kLanes>(x + c) * inner;
   };
   const auto put = [&](int64_t c, Acc value) __attribute__((always_inline)) {
-    simd::store<kLanes>(z + c, cap == 0 ? value : simd::tanh<kLanes, acc_t>(value) * cap);
+    if (cap == 0) return simd::store<kLanes>(z + c, value);
+    Acc slope;
+    simd::store<kLanes>(z + c, simd::tanh<kLanes, acc_t>(value, slope) * cap);
+    if (slopes) simd::store<kLanes>(slopes + c, slope);
   };
   int64_t c = 0;
   for (; cap != 0 && c + kGroup * kLanes <= classes; c += kGroup * kLanes) {
@@ -68,7 +73,9 @@ TORCHEXT_INLINE void transform_row(const ExtrasArgs<scalar_t>& args, const scala
     // NaN is passed over here, and stays what it is in either.
     if (simd::horizontal_max<kLanes, acc_t>(largest) < simd::kSmallTanh<acc_t>) {
       for (int i = 0; i < kGroup; ++i) {
-        simd::store<kLanes>(z + c + i * kLanes, simd::tanh_small<kLanes, acc_t>(value[i]) * cap);
+        const Acc t = simd::tanh_small<kLanes, acc_t>(value[i]);
+        simd::store<kLanes>(z + c + i * kLanes, t * cap);
+        if (slopes) simd::store<kLanes>(slopes + c + i * kLanes, acc_t{1} - t * t);
       }
     } else {
       for (int i = 0; i < kGroup; ++i) put(c + i * kLanes, value[i]);
@@ -99,9 +106,10 @@ acc_t lse_of(acc_t max, acc_t sum) {
   return std::isinf(max) ? max : max + std::log(sum);
 }
 
-// gradient = (e * scale - q * g) * d over the chunk [begin, end), d softcap's derivative.
+// gradient = (e * scale - q * g) * slope over the chunk [begin, end), of what is capped.
 template <class Isa, typename scalar_t, bool kDense, bool kCapped>
 TORCHEXT_INLINE void extras_gradient(const ExtrasArgs<scalar_t>& args, const acc_type<scalar_t>* z,
+                                     const acc_type<scalar_t>* slopes,
                                      const acc_type<scalar_t>* probabilities, scalar_t* gradient,
                                      const acc_type<scalar_t>* exps, acc_type<scalar_t> max,
                                      acc_type<scalar_t> scale, acc_type<scalar_t> g, int64_t begin,
@@ -109,7 +117,6 @@ TORCHEXT_INLINE void extras_gradient(const ExtrasArgs<scalar_t>& args, const acc
   using acc_t = acc_type<scalar_t>;
   constexpr int kLanes = kLanesOf<Isa, scalar_t>;
   using Acc = Vector<acc_t, kLanes>;
-  const acc_t inverse = kCapped ? acc_t{1} / args.softcap : acc_t{0};
   const int64_t last = end - kLanes;
   // z may be the gradient's own memory: what is read twice is read first.
   const Acc tail = simd::load<kLanes>((exps ? exps : z) + last);
@@ -117,11 +124,7 @@ TORCHEXT_INLINE void extras_gradient(const ExtrasArgs<scalar_t>& args, const acc
     if (!exps) e = simd::exp_nonpositive<kLanes>(e - max);
     Acc result = e * scale;
     if constexpr (kDense) result -= dense_target<kLanes>(args.targets, probabilities, c) * g;
-    if constexpr (kCapped) {
-      const Acc t = simd::load<kLanes>(z + c) * inverse;
-      const Acc slope = acc_t{1} - t * t;
-      result *= slope < acc_t{0} ? Acc{} : slope;  // t may be rounded beyond 1
-    }
+    if constexpr (kCapped) result *= simd::load<kLanes>(slopes + c);
     return result;
   };
   for (int64_t c = begin; c + kLanes <= end; c += kLanes) {
@@ -143,7 +146,9 @@ TORCHEXT_INLINE void extras_row(const ExtrasArgs<scalar_t>& args, int64_t p,
   if constexpr (std::is_same_v<scalar_t, acc_t>) {
     if (args.as_they_are()) z = x;
   }
-  if (!args.as_they_are()) transform_row<Isa, scalar_t>(args, x, scratch.z.data(), classes);
+  const bool capped = args.softcap != 0 && args.gradient;
+  acc_t* slopes = capped ? scratch.slopes.data() : nullptr;
+  if (!args.as_they_are()) transform_row<Isa, scalar_t>(args, x, scratch.z.data(), slopes, classes);
   const acc_t* probabilities = targets.probabilities;
   if (probabilities) probabilities += p * targets.probability_strides.outer;
   if (args.narrow_probabilities) {
@@ -196,15 +201,13 @@ TORCHEXT_INLINE void extras_row(const ExtrasArgs<scalar_t>& args, int64_t p,
   // What is ignored has an infinite lse at most: no part of the scale where g is 0.
   if (!ignored) scale += g * (target_weight + row.mass + 2 * args.z_loss * lse);
   scale /= row.sum;
-  const bool capped = args.softcap != 0;
   acc_t target_gradient = 0;
   if (indexed) {
     const acc_t e = simd::exp_nonpositive_scalar(target_z - row.max);
     acc_t q = target_weight;
     if constexpr (kDense) q += targets.uniform_target(index);
     target_gradient = e * scale - q * g;
-    const acc_t t = capped ? target_z / args.softcap : acc_t{0};
-    target_gradient *= std::max(acc_t{1} - t * t, acc_t{0});
+    if (capped) target_gradient *= slopes[index];
   }
   const acc_t* base = bases;
   for (int64_t from = 0, to = 0; from < classes; from = to) {
@@ -213,8 +216,8 @@ TORCHEXT_INLINE void extras_row(const ExtrasArgs<scalar_t>& args, int64_t p,
     if (exps && *base != row.max) part = simd::exp_nonpositive_scalar(*base - row.max);
     ++base;
     const auto run = [&](auto is_capped) __attribute__((always_inline)) {
-      extras_gradient<Isa, scalar_t, kDense, is_capped()>(args, z, probabilities, gradient, exps,
-                                                          row.max, scale * part, g, from, to);
+      extras_gradient<Isa, scalar_t, kDense, is_capped()>(args, z, slopes, probabilities, gradient,
+                                                          exps, row.max, scale * part, g, from, to);
     };
     capped ? run(std::true_type{}) : run(std::false_type{});
   }
@@ -226,6 +229,7 @@ TORCHEXT_INLINE void extras_range(const ExtrasArgs<scalar_t>& args, int64_t begi
   const int64_t classes = args.targets.shape.classes;
   ExtrasScratch<acc_type<scalar_t>> scratch;
   if (!args.as_they_are()) scratch.z.resize(classes);
+  if (args.softcap != 0 && args.gradient) scratch.slopes.resize(classes);
   if (args.gradient && !args.targets.backward) scratch.exps.resize(classes);
   if (args.narrow_probabilities) scratch.probabilities.resize(classes);
   const bool dense = args.targets.dense() || args.narrow_probabilities;

@@ -27,15 +27,18 @@ class Transform {
   __device__ explicit Transform(const ExtrasArgs& args)
       : scale_(in_width<acc_t>(args.logit_scale)), cap_(in_width<acc_t>(args.softcap)) {}
 
-  __device__ acc_t operator()(acc_t x) const {
+  // And softcap's derivative: of tanh itself, whose product with the cap is rounded once more.
+  __device__ acc_t operator()(acc_t x, acc_t& slope) const {
     const acc_t z = x * scale_;
-    return cap_ == acc_t{0} ? z : cap_ * hyperbolic_tangent(z / cap_);
+    slope = 1;
+    if (cap_ == acc_t{0}) return z;
+    const acc_t t = hyperbolic_tangent(z / cap_);
+    slope = acc_t{1} - t * t;
+    return cap_ * t;
   }
-  // softcap's derivative where it gave z.
-  __device__ acc_t slope(acc_t z) const {
-    if (cap_ == acc_t{0}) return 1;
-    const acc_t t = z / cap_;
-    return larger(acc_t{1} - t * t, acc_t{0});  // t may be rounded beyond 1
+  __device__ acc_t operator()(acc_t x) const {
+    acc_t slope;
+    return (*this)(x, slope);
   }
 
  private:
@@ -224,7 +227,8 @@ __global__ void __launch_bounds__(kThreads, 1)
     constexpr int kSize = sizeof(x) / sizeof(x[0]);
 #pragma unroll
     for (int k = 0; k < kSize; ++k) {
-      const acc_t z = transform(x[k]);
+      acc_t slope;
+      const acc_t z = transform(x[k], slope);
       const bool at_target = c + k == target.index;
       acc_t value = exp_nonpositive(z - base) * scale;
       if (args.rows.dense || at_target) {  // elsewhere 0 times an infinite g would be NaN
@@ -232,7 +236,7 @@ __global__ void __launch_bounds__(kThreads, 1)
         if (args.rows.dense) q += dense_target<scalar_t>(args, position, c + k);
         value -= q * g;
       }
-      x[k] = value * transform.slope(z);
+      x[k] = value * slope;
     }
     if constexpr (kSize > 1) {
       if (args.wide_stores) {

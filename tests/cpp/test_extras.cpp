@@ -65,7 +65,7 @@ struct Call {
       Tensor mass = kept.to(at::kDouble);
       if (indices && weights) mass = weights->index({goal.where(kept, 0)}) * mass;
       mass = mass.sum();
-      if (extras.ignored_mean() == "zero" && mass.item<double>() == 0) mass = at::ones_like(mass);
+      if (extras.ignored_mean() == "zero" && mass.item<double>() == 0) mass.fill_(INFINITY);
       loss = loss / mass;
     }
     return {loss, lse, z.argmax(1)};
@@ -189,6 +189,24 @@ TEST(extras_of_nothing_but_ignored_rows) {
     const auto loss = [&](const std::string& mean) {
       return torchext::cross_entropy_extras(logits, target,
                                             LossExtras().z_loss(0.1).ignored_mean(mean))
+          .loss;
+    };
+    EXPECT(loss("nan").isnan().item<bool>());
+    EXPECT(loss("zero").item<float>() == 0);
+    loss("zero").backward();
+    EXPECT_CLOSE(logits.grad(), at::zeros({6, classes}), 0);
+  }
+}
+
+TEST(extras_of_targets_without_weight) {
+  const Tensor target = at::zeros({6}, at::kLong);
+  for (const int64_t classes : {40, 7}) {
+    const Tensor logits = random({6, classes}, at::kFloat);
+    const Tensor weight = at::ones({classes}).index_fill_(0, at::zeros({1}, at::kLong), 0);
+    const auto loss = [&](const std::string& mean) {
+      return torchext::cross_entropy_extras(logits, target,
+                                            LossExtras().z_loss(0.1).ignored_mean(mean), weight,
+                                            at::Reduction::Mean, -100, 0.1)
           .loss;
     };
     EXPECT(loss("nan").isnan().item<bool>());

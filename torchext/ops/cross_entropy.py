@@ -117,7 +117,8 @@ def cross_entropy(
             makes NaN of ignored rows, too.
         return_lse: returns lse, too, differentiable, in float32 or wider.
         return_argmax: returns the class of the largest logit too.
-        ignored_mean: what a mean over no target gives: ``"nan"``, as in torch, or ``"zero"``.
+        ignored_mean: what a mean over no target, or targets of no weight, gives: ``"nan"``, as in
+            torch, or ``"zero"``.
 
     Shape:
         - input: :math:`(C)`, :math:`(N, C)` or :math:`(N, C, d_1, ..., d_K)`; read in place,

@@ -276,9 +276,8 @@ def _on_whole_logits(
     import torchext
 
     reference.check_linear_cross_entropy(input, linear_weight, target, linear_bias, ignore_index)
-    features = linear_weight.shape[-1]
     bias = None if linear_bias is None else linear_bias.flatten()
-    logits = torch.nn.functional.linear(input, linear_weight.reshape(-1, features), bias)
+    logits = torch.nn.functional.linear(input, linear_weight.flatten(0, -2), bias)
     flat, shape = input.dim() > 2, target.shape
     if flat:
         logits, target = logits.flatten(0, -2), target.flatten()
@@ -339,7 +338,7 @@ def mean_or(
             index = target.masked_fill(~kept, 0).long()
             chosen = torch.where(kept, weight[index], torch.zeros_like(weight[index]))
             mass = chosen.sum(dtype=total.dtype)
-    # Of zero the sum is 0 then, and so is its gradient. Else it is stock's: there the loss of the
-    # targets is 0/0, whatever label smoothing adds to it.
-    nothing = 1 if extras.ignored_mean == "zero" else math.nan
+    # By infinity it is 0, and so is its gradient, whatever label smoothing or z_loss add to targets
+    # that weigh nothing. Else it is stock's: there the loss of the targets is 0/0.
+    nothing = math.inf if extras.ignored_mean == "zero" else math.nan
     return (total / torch.where(mass == 0, nothing, mass.double())).to(dtype)

@@ -117,7 +117,7 @@ class Targets:
                 chosen = torch.where(self.kept, self.weight[index], 0)
             mass = chosen.sum(dtype=torch.float64)
         # As in `extras.mean_or`.
-        nothing = 1.0 if self.options.extras.ignored_mean == "zero" else math.nan
+        nothing = math.inf if self.options.extras.ignored_mean == "zero" else math.nan
         return torch.where(mass == 0, nothing, mass)
 
     def by_kernel(

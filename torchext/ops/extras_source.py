@@ -172,7 +172,7 @@ class Linear(Source):
         self.shape = linear_weight.shape[:-1]
         self.kernel = kernel_of(input, self.shape, len(input))
         self._native_products = self.kernel == _backend.OPERATOR and input.is_cpu
-        linear_weight = linear_weight.reshape(-1, linear_weight.shape[-1])
+        linear_weight = linear_weight.flatten(0, -2)
         linear_bias = None if linear_bias is None else linear_bias.reshape(-1)
         self.tensors = (input, linear_weight, linear_bias)
         self.rows, columns = len(input), len(linear_weight)

@@ -297,8 +297,7 @@ def scripted(
         weight is not None and (weight.requires_grad or weight.dtype != input.dtype)
     ):  # the operator has no gradient of theirs, and one dtype
         flat = None if linear_bias is None else linear_bias.reshape(-1)
-        features = linear_weight.shape[-1]
-        logits = torch.nn.functional.linear(input, linear_weight.reshape(-1, features), flat)
+        logits = torch.nn.functional.linear(input, linear_weight.flatten(0, -2), flat)
         if linear_weight.dim() == 3:
             logits = logits.reshape([input.shape[0], classes] + inner)
         elif input.dim() > 2:
@@ -310,7 +309,7 @@ def scripted(
     if linear_weight.dim() == 3:
         target = target.flatten(2 if probabilities else 1)
     else:
-        input = input.reshape(-1, input.shape[-1])
+        input = input.unsqueeze(0) if input.dim() == 1 else input.flatten(0, -2)
         target = target.reshape(-1, target.shape[-1]) if probabilities else target.reshape(-1)
     code = 0 if reduction == "none" else 2 if reduction == "sum" else 1
     at_once = (

@@ -14,6 +14,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <limits>
 #include <optional>
 #include <string>
 
@@ -66,10 +67,12 @@ inline void check_extras(const char* op, const LossExtras& extras) {
                     ": expected ignored_mean to be nan or zero, but got ", extras.ignored_mean());
 }
 
-// A divisor of zero is 1 for `ignored_mean("zero")`, whose sum is 0. Else the mean is NaN, as
-// stock's is: there the loss of the targets is 0/0, whatever label smoothing adds to it.
+// A divisor of zero is infinity for `ignored_mean("zero")`: the mean is 0, and so is its gradient.
+// Else it is NaN, as stock's is: there the loss of the targets is 0/0, whatever label smoothing
+// adds.
 inline at::Tensor without_zero(const at::Tensor& mass, const LossOptions& options) {
-  return mass.masked_fill(mass.eq(0), options.zero_mean() ? 1 : std::nan(""));
+  return mass.masked_fill(
+      mass.eq(0), options.zero_mean() ? std::numeric_limits<double>::infinity() : std::nan(""));
 }
 
 // What a mean divides by, in float64, made of torch's ops.
