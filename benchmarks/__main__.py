@@ -46,8 +46,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
     except (OSError, ValueError) as error:
         what = str(error)
-        if isinstance(error, FileNotFoundError):
-            what = f"no such file or folder: {error.filename}"
+        if isinstance(error, OSError) and error.filename is not None:
+            what = f"{error.filename}: {error.strerror}"
         print(f"benchmarks: error: {what}", file=sys.stderr)
         return 2
 
@@ -145,6 +145,8 @@ def _measure(words: Sequence[str]) -> int:
     settings = _settings(options)
     if options.device == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"--device cuda: torch {torch.__version__} finds no CUDA device")
+    if options.threads is not None and options.threads < 1:
+        raise ValueError(f"--threads {options.threads}: expected 1 or more")
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     if options.random < 0:
@@ -156,6 +158,11 @@ def _measure(words: Sequence[str]) -> int:
     if not chosen:
         shapes = ", ".join(f"{op.name}: {op.shape_syntax}" for op in suites.ops())
         raise ValueError(f"no case is left by these options; shapes are {shapes}")
+    if all(isinstance(suite, suites.OpSuite) for suite in chosen):
+        there = {provider for suite in chosen for provider in suite.providers()}  # type: ignore[attr-defined]
+        if unknown := [name for name in settings.providers if name not in there]:
+            names = ", ".join(sorted(there))
+            raise ValueError(f"--provider {unknown[0]}: there are {names}")
     folder = options.output or _folder(settings)
     kept = machine.keep_freed_memory()
     load = harness.load_average()

@@ -189,8 +189,9 @@ def training_factor(direction: str, fwd: int, bwd: int) -> int:
 
 def parse_shape(text: str) -> tuple[int, ...]:
     """Reads ``1024x1000``."""
-    sizes = tuple(int(part) for part in text.lower().split("x"))
-    if not sizes or min(sizes) < 1:
+    parts = text.lower().split("x")
+    sizes = tuple(int(part) for part in parts if part.isdecimal())
+    if len(sizes) < len(parts) or min(sizes) < 1:
         raise ValueError(f"expected a shape like 1024x1000, got {text!r}")
     return sizes
 

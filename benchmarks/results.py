@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import errno
 import json
 import statistics
 from collections.abc import Iterable, Sequence
@@ -201,7 +202,7 @@ def load_folder(folder: Path) -> list[Results]:
     """
     paths = sorted(folder.glob("*.json"))
     if not paths:
-        raise FileNotFoundError(f"{folder}: no results (*.json) there")
+        raise FileNotFoundError(errno.ENOENT, "no results (*.json) there", str(folder))
     return [load(path) for path in paths]
 
 

@@ -10,6 +10,7 @@ from typing import Protocol
 from benchmarks import harness
 from benchmarks.case import Op
 from benchmarks.harness import Settings
+from benchmarks.providers import providers_of
 from benchmarks.results import Row
 
 _FOLDER = Path(__file__).parent
@@ -34,6 +35,10 @@ class OpSuite:
     def __init__(self, op: Op) -> None:
         self.op = op
         self.name = op.name
+
+    def providers(self) -> list[str]:
+        """The names for `--provider`."""
+        return [provider.name for provider in providers_of(self.op)]
 
     def steps(self, settings: Settings) -> int:
         return settings.passes * len(harness.cases_of(self.op, settings))

@@ -307,6 +307,22 @@ def test_trace_with_gradients() -> None:
         torch.testing.assert_close(train_step(traced, x, target), expected)
 
 
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_a_traced_head(reduction: str) -> None:
+    """The trace is checked without gradients, and serves calls with them and without."""
+    head = torchext.nn.LinearCrossEntropyLoss(6, 5, bias=True, reduction=reduction)
+    traced = torch.jit.trace(head, (torch.randn(4, 6), torch.randint(5, (4,))))
+    x, target = torch.randn(9, 6, requires_grad=True), torch.randint(5, (9,))
+    with torch.no_grad():
+        torch.testing.assert_close(traced(x, target), head(x, target))
+    leaves = (x, *head.parameters())
+    upstream = torch.randn(9) if reduction == "none" else torch.randn(())
+    found, expected = (
+        torch.autograd.grad(module(x, target), leaves, upstream) for module in (traced, head)
+    )
+    torch.testing.assert_close(found, expected)
+
+
 def test_opcheck_linear_relu() -> None:
     """Every op, with and without gradients, dynamic shapes, strides, leading dimensions."""
     forward, backward = (

@@ -153,6 +153,15 @@ def test_really_diverging_training(train, tmp_path, capsys):
     assert "try a smaller --lr" in capsys.readouterr().err
 
 
+def test_info_into_a_pipe_that_nobody_reads():
+    command = [sys.executable, "-m", "torchext", "info"]
+    pipe = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen(command, text=True, **pipe) as process:
+        process.stdout.close()
+        assert process.stderr.read() == ""
+    assert process.returncode == 1
+
+
 # ---- what is optional ----
 
 

@@ -24,9 +24,17 @@ def test_gpt_heads_agree() -> None:
         assert loss == pytest.approx(losses["stock"], rel=1e-4)
 
 
-def test_gpt_refuses_a_small_vocabulary() -> None:
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        ("--vocabulary 10", "--vocabulary of 512 or more"),
+        ("--batch 0", "--batch of 1 or more"),
+        ("--device tpu", "invalid choice: 'tpu'"),
+    ],
+)
+def test_gpt_refuses_what_it_cannot_do(words: str, says: str) -> None:
     done = subprocess.run(
-        [sys.executable, str(GPT), "--vocabulary", "10"], capture_output=True, text=True
+        [sys.executable, str(GPT), *words.split()], capture_output=True, text=True
     )
     assert done.returncode == 2
-    assert "--vocabulary of 512 or more" in done.stderr
+    assert says in done.stderr

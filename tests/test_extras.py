@@ -188,6 +188,8 @@ def test_what_is_printed() -> None:
     assert repr(torchext.nn.CrossEntropyLoss()) == "CrossEntropyLoss()"
     module = torchext.nn.CrossEntropyLoss(softcap=3.0, return_lse=True)
     assert repr(module) == "CrossEntropyLoss(softcap=3.0, return_lse=True)"
+    module = torchext.nn.CrossEntropyLoss(inplace_backward=True)
+    assert repr(module) == "CrossEntropyLoss(inplace_backward=True)"
     head = torchext.nn.LinearCrossEntropyLoss(8, 5, z_loss=0.1)
     assert "label_smoothing=0.0, z_loss=0.1\n" in repr(head)
     assert "label_smoothing=0.0\n" in repr(torchext.nn.LinearCrossEntropyLoss(8, 5))
@@ -232,6 +234,19 @@ def test_values_without_a_meaning(extras: dict[str, Any], message: str) -> None:
         torchext.cross_entropy(x, target, **extras)
     with pytest.raises(ValueError, match=f"^linear_cross_entropy: expected {message}"):
         torchext.linear_cross_entropy(x, torch.randn(4, 4), target, **extras)
+
+
+@pytest.mark.parametrize("name", ["logit_scale", "softcap", "z_loss"])
+def test_a_scale_that_is_learned_is_the_functions(name: str) -> None:
+    """A module would hold a parameter that is none of its own."""
+    scale = torch.nn.Parameter(torch.tensor(2.0))
+    x, target = torch.randn(3, 20), torch.tensor([0, 1, 2])
+    torchext.cross_entropy(x, target, **{name: scale}).backward()
+    assert scale.grad is not None and scale.grad != 0
+    with pytest.raises(TypeError, match=f"^CrossEntropyLoss: expected {name} .*Parameter"):
+        torchext.nn.CrossEntropyLoss(**{name: scale})
+    with pytest.raises(TypeError, match=f"^LinearCrossEntropyLoss: expected {name} .*Parameter"):
+        torchext.nn.LinearCrossEntropyLoss(4, 20, **{name: scale})
 
 
 def test_torchscript_refuses_what_it_lacks() -> None:

@@ -50,6 +50,23 @@ def test_an_input_that_no_gradient_needs_is_let_go() -> None:
     torch.testing.assert_close(gradient, expected)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", [(1, 1), (1, 8), (3, 5), (2, 3, 40), (300, 130), (0, 4)], ids=str)
+def test_a_sums_gradient(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    """One number that is all elements: the bits of as many numbers."""
+    input = torch.randn(*shape[:-1], 7, dtype=dtype, requires_grad=True)
+    weight = torch.randn(shape[-1], 7, dtype=dtype, requires_grad=True)
+    bias = torch.randn(shape[-1], dtype=dtype, requires_grad=True)
+    output = torchext.linear_relu(input, weight, bias)
+    number = torch.randn((), dtype=dtype)
+    found, expected = (
+        torch.autograd.grad(output, (input, weight, bias), upstream, retain_graph=True)
+        for upstream in (number.expand(shape), number.expand(shape).clone())
+    )
+    for actual, other in zip(found, expected, strict=True):
+        assert torch.equal(actual, other)
+
+
 @pytest.mark.parametrize("leading", [(), (7,), (0,), (2, 3)], ids=str)
 def test_without_the_weights_gradient_the_input_is_not_read(leading: tuple[int, ...]) -> None:
     """The operator takes the weight in its place, whatever the shapes."""

@@ -77,7 +77,7 @@ TORCHEXT_SIMD_FUNCTION(bias_relu, bias_relu_rows, BiasReluArgs)
 
 template <typename scalar_t>
 struct MaskArgs {
-  const scalar_t* grad_output;  // (rows, columns)
+  const scalar_t* grad_output;  // (rows, columns); may be grad_linear
   const scalar_t* output;       // (rows, columns)
   scalar_t* grad_linear;        // (rows, columns): grad_output where output > 0
   acc_type<scalar_t>* partial;  // (blocks, columns), zeroed: column sums of a block; or null
@@ -221,6 +221,14 @@ Tensor linear_relu_forward_cpu(const Tensor& input, const Tensor& weight,
   return output;
 }
 
+// Whether all elements are one in memory.
+bool is_one_number(const Tensor& tensor) {
+  for (int64_t i = 0; i < tensor.dim(); ++i) {
+    if (tensor.size(i) > 1 && tensor.stride(i) != 0) return false;
+  }
+  return true;
+}
+
 std::tuple<Tensor, Tensor, Tensor> linear_relu_backward_cpu(const Tensor& grad_output,
                                                             const Tensor& output,
                                                             const Tensor& input,
@@ -240,7 +248,10 @@ std::tuple<Tensor, Tensor, Tensor> linear_relu_backward_cpu(const Tensor& grad_o
       grad_output, input_grad ? input_sizes(grad_output, shape) : std::vector<int64_t>{0});
   Tensor grad_weight = empty_like(weight, weight_grad ? sizes_of(weight) : std::vector<int64_t>{0});
   Tensor grad_bias = empty_like(weight, {bias_grad ? columns : 0});
-  const Tensor grad = as_contiguous(grad_output);
+  // One number for all, as a sum's gradient is, is written out here: the dispatcher takes as long
+  // as a small product.
+  const bool one_number = rows * columns > 1 && is_one_number(grad_output);
+  const Tensor grad = one_number ? grad_linear : as_contiguous(grad_output);
   const Tensor result = as_contiguous(output);
 
   // The input may be none of this call's (see the check): the weight's dtype is everyone's.
@@ -255,8 +266,16 @@ std::tuple<Tensor, Tensor, Tensor> linear_relu_backward_cpu(const Tensor& grad_o
                                   bias_grad ? partial.data() : nullptr,
                                   rows,
                                   columns};
+    const auto* number = static_cast<const scalar_t*>(grad_output.const_data_ptr());
     for_each_block(blocks, kGrain / (kRowsPerBlock * std::max<int64_t>(columns, 1)),
-                   [&](int64_t begin, int64_t end) { mask<scalar_t>(args, begin, end); });
+                   [&](int64_t begin, int64_t end) {
+                     if (one_number) {
+                       std::fill(args.grad_linear + begin * kRowsPerBlock * columns,
+                                 args.grad_linear + std::min(rows, end * kRowsPerBlock) * columns,
+                                 *number);
+                     }
+                     mask<scalar_t>(args, begin, end);
+                   });
     if (bias_grad) {
       scalar_t* bias = static_cast<scalar_t*>(grad_bias.mutable_data_ptr());
       // In double: the blocks of a million rows are many, too.

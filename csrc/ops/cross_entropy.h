@@ -88,7 +88,7 @@ inline CrossEntropyShape check_cross_entropy(const Tensor& input, const Tensor& 
     bool same = target.dim() == input.dim();
     for (int64_t i = 0; same && i < input.dim(); ++i) same = target.size(i) == input.size(i);
     TORCHEXT_CHECK(same, "cross_entropy: expected target of class probabilities of input's shape ",
-                   shape_string(input), ", or of class indices of dtype int64 or int32, but got ",
+                   shape_string(input), ", or of class indices (int64, int32, uint8), but got ",
                    "shape ", shape_string(target), " and dtype ", dtype_string(target));
     TORCHEXT_CHECK(target.scalar_type() == input.scalar_type(),
                    "cross_entropy: expected probabilities of input's dtype (", dtype_string(input),

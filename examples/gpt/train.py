@@ -138,10 +138,16 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=2)
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--steps", type=int, default=12)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    default = "cuda" if torch.cuda.is_available() else "cpu"
+    parser.add_argument("--device", choices=("cpu", "cuda"), default=default)
     options = parser.parse_args()
-    if options.vocabulary < WORDS or options.steps < 1:
-        parser.error(f"expected --vocabulary of {WORDS} or more, and --steps of 1 or more")
+    if options.vocabulary < WORDS:
+        parser.error(f"expected --vocabulary of {WORDS} or more")
+    for name in ("context", "layers", "batch", "steps"):
+        if getattr(options, name) < 1:
+            parser.error(f"expected --{name} of 1 or more")
+    if options.device == "cuda" and not torch.cuda.is_available():
+        parser.error(f"--device cuda: torch {torch.__version__} finds no CUDA device")
     if options.width < HEADS_OF_ATTENTION or options.width % HEADS_OF_ATTENTION != 0:
         parser.error(f"expected --width to be a multiple of {HEADS_OF_ATTENTION}")
     if options.head:

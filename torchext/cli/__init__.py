@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import os
+import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
@@ -28,7 +30,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         return end.code if isinstance(end.code, int) else 0
     given = vars(options)
     run = given.pop("run")
-    code: int = run(given)
+    try:
+        code: int = run(given)
+        sys.stdout.flush()
+    except BrokenPipeError:  # `torchext info | head`: nobody reads on
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     return code
 
 

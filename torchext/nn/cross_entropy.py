@@ -54,13 +54,14 @@ class CrossEntropyLoss(nn.CrossEntropyLoss):
         super().__init__(weight, size_average, ignore_index, reduce, reduction, label_smoothing)
         self.inplace_backward = inplace_backward
         extras = Extras(z_loss, softcap, logit_scale, return_lse, return_argmax, ignored_mean)
-        extras.check("CrossEntropyLoss")
+        extras.check("CrossEntropyLoss", constant=True)
         self.plain = extras == NONE
         self.extras = {} if self.plain else extras._asdict()
 
     def extra_repr(self) -> str:
         """Returns the extras, where there are any."""
-        return "" if self.plain else Extras(**self.extras).shown()
+        shown = [] if self.plain else [Extras(**self.extras).shown()]
+        return ", ".join([*shown, "inplace_backward=True"] if self.inplace_backward else shown)
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
         """Returns the loss of logits `input` against `target`, or a tuple with what else it has."""

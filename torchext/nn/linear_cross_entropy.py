@@ -73,7 +73,7 @@ class LinearCrossEntropyLoss(nn.Module):
     ) -> None:
         super().__init__()
         extras = Extras(z_loss, softcap, logit_scale, return_lse, return_argmax, ignored_mean)
-        extras.check("LinearCrossEntropyLoss")
+        extras.check("LinearCrossEntropyLoss", constant=True)
         self.plain = extras == NONE
         self.extras = {} if self.plain else extras._asdict()
         if weight is not None and weight.shape != (num_classes,):

@@ -41,8 +41,20 @@ class Extras(NamedTuple):
     return_argmax: bool = False
     ignored_mean: str = "nan"
 
-    def check(self, op: str) -> None:
-        """Raises TypeError for what is no number, ValueError for values that have no meaning."""
+    def check(self, op: str, constant: bool = False) -> None:
+        """Raises TypeError for what is no number, ValueError for values that have no meaning.
+
+        Args:
+            op: what refuses them.
+            constant: whether tensors are no numbers either: a module would not own such a scale.
+        """
+        if constant:
+            for name, value in self._asdict().items():
+                if isinstance(value, Tensor):
+                    raise TypeError(
+                        f"{op}: expected {name} to be a number, but got {type(value).__name__} "
+                        "(of the functions it may be a tensor)"
+                    )
         _check_number(op, "z_loss", self.z_loss)
         if self.softcap is not None:
             _check_number(op, "softcap", self.softcap)

@@ -40,6 +40,7 @@ from torchext.ops.linear_cross_entropy_call import (
 
 _FLOAT32, _FLOAT64 = torch.float32, torch.float64
 _NOTHING = (False, False, False)
+_is_tracing: Callable[[], bool] = torch.jit.is_tracing  # type: ignore[attr-defined]
 
 
 def linear_cross_entropy(
@@ -254,10 +255,12 @@ def _fused(
     # rounded twice where backward cannot look at what it multiplies them by (unless that is 1).
     at_once = dtype is _FLOAT32 or dtype is _FLOAT64
     at_once = at_once or (dtype is torch.bfloat16 and (ordinary or not input.is_cpu))
+    # A trace keeps these flags: of its operator the gradients are made where backward wants them.
+    at_once = at_once and code != 0 and (ordinary or not _is_tracing())
     came = _NOTHING
-    if differentiate and at_once and code != 0:
-        biased = linear_bias is not None and linear_bias.requires_grad
-        came = (input.requires_grad, linear_weight.requires_grad, biased)
+    if differentiate and at_once:
+        bias_grad = linear_bias is not None and linear_bias.requires_grad
+        came = (input.requires_grad, linear_weight.requires_grad, bias_grad)
     arguments = (
         input, linear_weight, target, linear_bias, weight, code, ignore_index, label_smoothing,
         *came,
@@ -301,7 +304,7 @@ def _settle(
     check_reduction(op, reduction)
     ignored = -100 if ignore_index is None else ignore_index
     options = (CODES.get(reduction, 1), ignored, label_smoothing, False, False, False)
-    given = (reduction, ignore_index, label_smoothing)
+    given: tuple[Any, ...] = (reduction, ignore_index, label_smoothing)
     tensors = {
         "input": input,
         "linear_weight": linear_weight,
@@ -313,9 +316,7 @@ def _settle(
         error,
         op,
         tensors,
-        lambda: reference.linear_cross_entropy(
-            input, linear_weight, target, linear_bias, weight, *given
-        ),
+        lambda: reference.linear_cross_entropy(*tensors.values(), *given),
         lambda: _kernel(*tensors.values(), *options) if linear_weight.dim() == 2 else None,
     )
 
