@@ -48,15 +48,17 @@ _stock: Any = torch._C._nn.cross_entropy_loss
 _SMALL = dict.fromkeys(cross_entropy_fake.REDUCTIONS, 49152)
 if _native.simd_level() == "AVX-512":
     _SMALL = {"none": 32768, "mean": 13312, "sum": 13312}
-# Logits up to which the same is true of 16 classes and more, up to _ROWS rows, with these
-# reductions and without a gradient. Of stock's time, forward of the float32 mean of 64 x 100, 384 x
-# 64 and 128 x 10 1.35, 1.05 and 0.6; without reduction, forward and backward, of 256 x 32 and 512 x
-# 64 1.17 and 0.96 (2 cores of Zen 5; with AVX2 nothing was measured); of the bfloat16 mean of 100 x
-# 32, 512 x 32 and 512 x 64 1.37, 1.14 and 0.99 (2 cores of Zen 4).
-_FEW = {torch.float32: ("none",), torch.bfloat16: ("none", "mean", "sum")}
-_FEW_LOGITS = 24576 if _native.simd_level() == "AVX-512" else 0
-_ROWS = 512
+# Logits up to which the same is true of 16 classes and more, up to _ROWS rows, without a gradient
+# and with one. Of its time, forward of the float32 mean of 64 x 100, 384 x 64 and 128 x 10 1.35,
+# 1.05 and 0.6; without reduction, forward and backward, of 256 x 32 and 512 x 64 1.17 and 0.96 (2
+# cores of Zen 5; with AVX2 nothing was measured); of the bfloat16 mean of 100 x 32, 512 x 32 and
+# 512 x 64 1.37, 1.14 and 0.99, of the float32 mean of 100 x 32, 128 x 64, 512 x 16, 256 x 64 and
+# 192 x 100 1.19, 1.09, 1.14, 1.02 and 0.96, but of 100 x 10, 128 x 10 and 256 x 5 0.93, 0.86 and
+# 0.91 (2 cores of Zen 4).
+_FEW_LOGITS, _ROWS = 24576 if _native.simd_level() == "AVX-512" else 0, 512
 _NAMES = cross_entropy_fake.REDUCTIONS
+_FEW = {torch.float32: dict.fromkeys(_NAMES, 12288) | {"none": _FEW_LOGITS}}
+_FEW[torch.bfloat16] = dict.fromkeys(_NAMES, _FEW_LOGITS)
 _REDUCTIONS = {name: code for code, name in enumerate(_NAMES)}
 
 
@@ -187,7 +189,7 @@ def cross_entropy(
                     and (few := _FEW.get(input.dtype))
                     and input.is_cpu
                     and input.dim() == 2
-                    and (reduction in few or not (input.requires_grad and _grad_enabled()))
+                    and (logits <= few[reduction] or not (input.requires_grad and _grad_enabled()))
                 )
             )
         ):
