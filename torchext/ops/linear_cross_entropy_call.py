@@ -35,9 +35,9 @@ _SMALL_OF_SUCH = 1 << 19
 _SMALL_OF_SUCH_BFLOAT16 = 1 << 22
 _FEW_ROWS = _MANY_CLASSES = 16
 # The same with gradients, of narrow dtypes and without reduction. Of stock's time, forward and
-# backward on 2 cores of Zen 4 of which threads share one, ours takes without reduction of float32 1
-# x 256 x 16 1.20, of bfloat16 1.50 and of 16 x 100 x 2 1.20, of the float16 mean of 2 x 16 x 32
-# 1.38 and of 8 x 256 x 5 1.15.
+# backward on 2 cores of Zen 4, ours takes without reduction of float32 1 x 256 x 16 1.20, of
+# bfloat16 1.50 and of 16 x 100 x 2 1.20, of the float16 mean of 2 x 16 x 32 1.38 and of 8 x 256 x 5
+# 1.15.
 _SMALL_WITH_GRADIENTS = 1 << 14
 _SMALL_ON_CPU = _SMALL if _native.own_products(torch.float32) else 1 << 22
 
