@@ -36,7 +36,7 @@ def _tanh(x):
 
 
 @triton.jit
-def _transformed(row, c, mask, softcap, logit_scale, CAPPED: tl.constexpr, ACC: tl.constexpr):
+def _with_slope(row, c, mask, softcap, logit_scale, CAPPED: tl.constexpr, ACC: tl.constexpr):
     """The logits, scaled and capped, -inf beyond the classes; and softcap's derivative.
 
     That is of tanh itself, whose product with the cap is rounded once more.
@@ -49,6 +49,12 @@ def _transformed(row, c, mask, softcap, logit_scale, CAPPED: tl.constexpr, ACC: 
         z = cap * t
         slope = 1.0 - t * t
     return tl.where(mask, z, -float("inf")), slope
+
+
+@triton.jit
+def _transformed(row, c, mask, softcap, logit_scale, CAPPED: tl.constexpr, ACC: tl.constexpr):
+    z, slope = _with_slope(row, c, mask, softcap, logit_scale, CAPPED, ACC)
+    return z
 
 
 @triton.jit(do_not_specialize=["ignore_index"])
@@ -104,7 +110,7 @@ def cross_entropy_extras_kernel(
         )
         if losses is not None:
             # Before any gradient is written, which may take the place of the logits.
-            target_z, _ = _transformed(row, index, valid, softcap, logit_scale, CAPPED, ACC)
+            target_z = _transformed(row, index, valid, softcap, logit_scale, CAPPED, ACC)
             target_z = tl.where(valid, target_z, 0.0)
         index = tl.where(valid, index, -1)
     z_weight = tl.full([], z_loss, ACC)
@@ -121,7 +127,7 @@ def cross_entropy_extras_kernel(
         for begin in range(0, classes, K * L):
             c = begin + lane
             mask = c < classes
-            z, _ = _transformed(row, c, mask, softcap, logit_scale, CAPPED, ACC)
+            z = _transformed(row, c, mask, softcap, logit_scale, CAPPED, ACC)
             before = base_of(lane_max)
             lane_max, lane_sum, shifted = extended(lane_max, lane_sum, z)
             if lane_mass is not None:
@@ -143,7 +149,7 @@ def cross_entropy_extras_kernel(
             for begin in range(0, classes, K * L):
                 c = begin + lane
                 mask = c < classes
-                z, _ = _transformed(row, c, mask, softcap, logit_scale, CAPPED, ACC)
+                z = _transformed(row, c, mask, softcap, logit_scale, CAPPED, ACC)
                 first_nan = tl.minimum(
                     first_nan, tl.min(tl.where(mask & (z != z), c, 0x7FFFFFFF), 0)
                 )
@@ -156,7 +162,7 @@ def cross_entropy_extras_kernel(
             some = tl.zeros([L], tl.int32)
             for begin in range(0, classes, K * L):
                 c = begin + lane
-                z, _ = _transformed(row, c, c < classes, softcap, logit_scale, CAPPED, ACC)
+                z = _transformed(row, c, c < classes, softcap, logit_scale, CAPPED, ACC)
                 some = tl.maximum(some, tl.max((z != z).to(tl.int32), 0))
             maximum = tl.where(tl.max(some, 0) > 0, float("nan"), maximum)
         tl.store(stats + position, maximum)
@@ -204,7 +210,7 @@ def cross_entropy_extras_kernel(
         for begin in range(0, classes, K * L):
             c = begin + lane
             mask = c < classes
-            z, slope = _transformed(row, c, mask, softcap, logit_scale, CAPPED, ACC)
+            z, slope = _with_slope(row, c, mask, softcap, logit_scale, CAPPED, ACC)
             value = tl.exp(z - base) * scale
             if mass is not None:
                 dense = None
