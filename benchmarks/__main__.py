@@ -158,8 +158,9 @@ def _measure(words: Sequence[str]) -> int:
     if not chosen:
         shapes = ", ".join(f"{op.name}: {op.shape_syntax}" for op in suites.ops())
         raise ValueError(f"no case is left by these options; shapes are {shapes}")
-    if all(isinstance(suite, suites.OpSuite) for suite in chosen):
-        there = {provider for suite in chosen for provider in suite.providers()}  # type: ignore[attr-defined]
+    of_ops = [suite for suite in chosen if isinstance(suite, suites.OpSuite)]
+    if len(of_ops) == len(chosen):
+        there = {provider for suite in of_ops for provider in suite.providers()}
         if unknown := [name for name in settings.providers if name not in there]:
             names = ", ".join(sorted(there))
             raise ValueError(f"--provider {unknown[0]}: there are {names}")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from random import Random
 from typing import Any
 
 import torch
@@ -42,6 +41,8 @@ class CrossEntropy(Op):
     limit_name = "a copy of the same bytes"
     memory_axis = 1
     plot_size_label = "logits (rows x classes)"
+    drawn_sizes, drawn_most = _DRAWN, _MOST_DRAWN
+    drawn_options = ((), (), (), (), *_VARIANTS[:3])
 
     @property
     def reference(self) -> Callable[..., Tensor]:
@@ -67,12 +68,6 @@ class CrossEntropy(Op):
             cases += [Case(self.name, (256, 50257)), Case(self.name, (1024, 32000))]
             cases += [Case(self.name, _BASE, dtype) for dtype in ("float64", "float16")]
         return cases
-
-    def drawn(self, random: Random) -> tuple[tuple[int, ...], Options]:
-        shape = tuple(random.choice(sizes) for sizes in _DRAWN)
-        if math.prod(shape) > _MOST_DRAWN:
-            return self.drawn(random)
-        return shape, random.choice(((), (), (), (), *_VARIANTS[:3]))
 
     def memory_presets(self, full: bool, device: str) -> list[Case]:
         classes = (1000, 8000, 32000, 128000) if full else (1000, 32000)

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
-from random import Random
 from typing import Any
 
 import torch
@@ -35,6 +33,8 @@ class LinearCrossEntropy(Op):
     limit_name = "its GEMMs alone (torch.mm, logits into a ready buffer)"
     memory_axis = 2
     plot_size_label = "logits (rows x classes)"
+    drawn_sizes, drawn_most = _DRAWN, _MOST_DRAWN
+    drawn_options = ((), (), (), _NONE, _SMOOTHING)
 
     @property
     def reference(self) -> Callable[..., Tensor]:
@@ -52,12 +52,6 @@ class LinearCrossEntropy(Op):
             cases.append(Case(self.name, _MIDDLE, options=_SMOOTHING))
             cases.append(Case(self.name, _BASE, options=(("softcap", 30.0),)))
         return cases
-
-    def drawn(self, random: Random) -> tuple[tuple[int, ...], Options]:
-        shape = tuple(random.choice(sizes) for sizes in _DRAWN)
-        if math.prod(shape) > _MOST_DRAWN:
-            return self.drawn(random)
-        return shape, random.choice(((), (), (), _NONE, _SMOOTHING))
 
     def memory_presets(self, full: bool, device: str) -> list[Case]:
         if device != "cpu":  # the last is the shape that the bar of 1.2 GB is for

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
-from random import Random
 from typing import Any
 
 import torch
@@ -41,6 +39,8 @@ class LinearReLU(Op):
     memory_axis = 0
     memory_label = "rows"
     plot_size_label = "multiply-adds of the forward"
+    drawn_sizes, drawn_most = _DRAWN, _MOST_DRAWN
+    drawn_options = ((), (), _NO_INPUT_GRAD, _NO_WEIGHT_GRAD)
 
     @property
     def reference(self) -> Callable[..., Tensor]:
@@ -67,12 +67,6 @@ class LinearReLU(Op):
             cases += [Case(self.name, shape) for shape in more]
             cases += [Case(self.name, _SHAPES[3], dtype) for dtype in ("bfloat16", "float64")]
         return cases
-
-    def drawn(self, random: Random) -> tuple[tuple[int, ...], Options]:
-        shape = tuple(random.choice(sizes) for sizes in _DRAWN)
-        if math.prod(shape) > _MOST_DRAWN:
-            return self.drawn(random)
-        return shape, random.choice(((), (), _NO_INPUT_GRAD, _NO_WEIGHT_GRAD))
 
     def memory_presets(self, full: bool, device: str) -> list[Case]:
         rows = (1024, 4096, 16384) if full else (4096,)

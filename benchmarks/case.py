@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -134,9 +135,17 @@ class Op(ABC):
     def tiny(self) -> Case:
         """The call of 1 x 8 whose time is overhead alone."""
 
-    @abstractmethod
+    # What --random draws of: usual sizes, of shapes whose product is no more; and options.
+    drawn_sizes: tuple[tuple[int, ...], ...]
+    drawn_most: int
+    drawn_options: tuple[Options, ...]
+
     def drawn(self, random: Random) -> tuple[tuple[int, ...], Options]:
-        """A shape of usual sizes, most of them small, and options: what --random measures."""
+        """Draws a shape, most often a small one, and options."""
+        shape = tuple(random.choice(sizes) for sizes in self.drawn_sizes)
+        if math.prod(shape) > self.drawn_most:
+            return self.drawn(random)
+        return shape, random.choice(self.drawn_options)
 
     def memory_presets(self, full: bool, device: str) -> list[Case]:
         """The cases whose peak memory is measured; of a device's sizes."""

@@ -182,37 +182,25 @@ TEST(extras_second_derivatives) {
   for (size_t i = 0; i < 3; ++i) EXPECT_CLOSE(actual[i], expected[i], 1e-9);
 }
 
-TEST(extras_of_nothing_but_ignored_rows) {
-  const Tensor target = at::full({6}, -100, at::kLong);
+TEST(extras_of_ignored_rows_and_of_targets_without_weight) {
   for (const int64_t classes : {40, 7}) {
-    const Tensor logits = random({6, classes}, at::kFloat);
-    const auto loss = [&](const std::string& mean) {
-      return torchext::cross_entropy_extras(logits, target,
-                                            LossExtras().z_loss(0.1).ignored_mean(mean))
-          .loss;
-    };
-    EXPECT(loss("nan").isnan().item<bool>());
-    EXPECT(loss("zero").item<float>() == 0);
-    loss("zero").backward();
-    EXPECT_CLOSE(logits.grad(), at::zeros({6, classes}), 0);
-  }
-}
-
-TEST(extras_of_targets_without_weight) {
-  const Tensor target = at::zeros({6}, at::kLong);
-  for (const int64_t classes : {40, 7}) {
-    const Tensor logits = random({6, classes}, at::kFloat);
-    const Tensor weight = at::ones({classes}).index_fill_(0, at::zeros({1}, at::kLong), 0);
-    const auto loss = [&](const std::string& mean) {
-      return torchext::cross_entropy_extras(logits, target,
-                                            LossExtras().z_loss(0.1).ignored_mean(mean), weight,
-                                            at::Reduction::Mean, -100, 0.1)
-          .loss;
-    };
-    EXPECT(loss("nan").isnan().item<bool>());
-    EXPECT(loss("zero").item<float>() == 0);
-    loss("zero").backward();
-    EXPECT_CLOSE(logits.grad(), at::zeros({6, classes}), 0);
+    Tensor weight = at::ones({classes});
+    weight[0] = 0;
+    for (const int64_t index : {-100, 0}) {
+      const Tensor target = at::full({6}, index, at::kLong);
+      const Tensor logits = random({6, classes}, at::kFloat);
+      const auto loss = [&](const std::string& mean) {
+        const auto extras = LossExtras().z_loss(0.1).ignored_mean(mean);
+        return torchext::cross_entropy_extras(logits, target, extras,
+                                              index == 0 ? weight : Tensor(), at::Reduction::Mean,
+                                              -100, index == 0 ? 0.1 : 0.0)
+            .loss;
+      };
+      EXPECT(loss("nan").isnan().item<bool>());
+      EXPECT(loss("zero").item<float>() == 0);
+      loss("zero").backward();
+      EXPECT_CLOSE(logits.grad(), at::zeros({6, classes}), 0);
+    }
   }
 }
 
