@@ -188,7 +188,7 @@ def _ours_version() -> str:
 
 
 def _make_eager(op: Op, case: Case, sets: Sequence[Inputs]) -> Task:
-    return TorchTask(op.reference, sets, case.direction)
+    return TorchTask(op.stock(case), sets, case.direction)
 
 
 _copies = itertools.count()

@@ -9,6 +9,9 @@
 //
 // On the CPU and by Triton's kernels linear_weight may be (C, D, H) too, with linear_bias (C, D),
 // target (N, D) or (N, C, D), a loss of reduction none of shape (N, D), and stats (2, N * D).
+//
+// The two `kept` operators are of the CPU alone: the first gives the logits of all rows, as its
+// kernels have them, from which the second makes the gradients, to the same bits.
 STABLE_TORCH_LIBRARY_FRAGMENT(torchext, m) {
   m.def(
       "linear_cross_entropy_forward(Tensor input, Tensor linear_weight, Tensor target, "
@@ -21,4 +24,13 @@ STABLE_TORCH_LIBRARY_FRAGMENT(torchext, m) {
       "Tensor target, Tensor? linear_bias, Tensor? weight, Tensor stats, int reduction, "
       "int ignore_index, float label_smoothing, bool input_grad, bool linear_weight_grad, "
       "bool linear_bias_grad) -> (Tensor, Tensor, Tensor)");
+  m.def(
+      "linear_cross_entropy_kept_forward(Tensor input, Tensor linear_weight, Tensor target, "
+      "Tensor? linear_bias, Tensor? weight, int reduction, int ignore_index, "
+      "float label_smoothing) -> (Tensor loss, Tensor stats, Tensor logits)");
+  m.def(
+      "linear_cross_entropy_kept_backward(Tensor grad_output, Tensor logits, Tensor input, "
+      "Tensor linear_weight, Tensor target, Tensor? linear_bias, Tensor? weight, Tensor stats, "
+      "int reduction, int ignore_index, float label_smoothing, bool input_grad, "
+      "bool linear_weight_grad, bool linear_bias_grad) -> (Tensor, Tensor, Tensor)");
 }

@@ -27,38 +27,16 @@ from torchext import _autograd, _backend, _errors, _native, reference
 from torchext.ops import cross_entropy_fake, cross_entropy_gpu
 from torchext.ops import extras as with_extras
 from torchext.ops.cross_entropy_inplace import apart, inplace
+from torchext.ops.cross_entropy_small import FEW_LOGITS, SMALL, few_logits
 from torchext.ops.extras import Extras
 
 _PLAIN, _FLOATING = _backend.PLAIN, _backend.FLOATING
 _INDICES = frozenset({torch.int64, torch.int32, torch.uint8})
 _INT64 = torch.int64
-_grad_enabled = torch.is_grad_enabled
 _is_compiling = torch.compiler.is_dynamo_compiling
 _tracing_state = torch._C._get_tracing_state
 _stock: Any = torch._C._nn.cross_entropy_loss
-# Below this (logits + 128 x rows), torch's own two nodes, in C++, cost less than one of ours in
-# Python, of class indices without smoothing (torch has more nodes with it, or for probabilities:
-# ours takes 0.4 and 0.7 of their time from 1 x 8 on, 2 Zen 4 cores). Of stock's time, forward and
-# backward with the thread pool asleep, ours takes of the mean of 32 x 2, 64 x 64, 100 x 10 and 128
-# x 10 1.28, 1.06, 0.91 and 0.83, of reduction="none", whose gradient is made in backward by ours,
-# too, of 64 x 64, 128 x 100, 256 x 10 and 32 x 1000 1.07, 1.10, 0.82 and 0.88 (2 cores of an Intel
-# Xeon of family 6, model 207; the mean from 3,000 to 13,000 1.1 to 1.2 on Zen 4, too, and 0.8 to
-# 0.95 with the pool awake). Without AVX-512, of the mean on 2 cores of Zen 3: 100 x 10 84 (stock)
-# and 106 us, 300 x 32 150 and 186; 300 x 100 154 and 147.
-_SMALL = dict.fromkeys(cross_entropy_fake.REDUCTIONS, 49152)
-if _native.simd_level() == "AVX-512":
-    _SMALL = {"none": 32768, "mean": 13312, "sum": 13312}
-# Logits up to which the same is true of 16 classes and more, up to _ROWS rows, without a gradient
-# and with one. Of its time, forward of the float32 mean of 64 x 100, 384 x 64 and 128 x 10 1.35,
-# 1.05 and 0.6; without reduction, forward and backward, of 256 x 32 and 512 x 64 1.17 and 0.96 (2
-# cores of Zen 5; with AVX2 nothing was measured); of the bfloat16 mean of 100 x 32, 512 x 32 and
-# 512 x 64 1.37, 1.14 and 0.99, of the float32 mean of 100 x 32, 128 x 64, 512 x 16, 256 x 64 and
-# 192 x 100 1.19, 1.09, 1.14, 1.02 and 0.96, but of 100 x 10, 128 x 10 and 256 x 5 0.93, 0.86 and
-# 0.91 (2 cores of Zen 4).
-_FEW_LOGITS, _ROWS = 24576 if _native.simd_level() == "AVX-512" else 0, 512
 _NAMES = cross_entropy_fake.REDUCTIONS
-_FEW = {torch.float32: dict.fromkeys(_NAMES, 12288) | {"none": _FEW_LOGITS}}
-_FEW[torch.bfloat16] = dict.fromkeys(_NAMES, _FEW_LOGITS)
 _REDUCTIONS = {name: code for code, name in enumerate(_NAMES)}
 
 
@@ -181,16 +159,8 @@ def cross_entropy(
             and not _is_compiling()
             and _tracing_state() is None
             and (
-                (logits := input.numel()) + 128 * (rows := target.numel()) < _SMALL[reduction]
-                or (
-                    logits < _FEW_LOGITS
-                    and 16 * rows <= logits
-                    and rows <= _ROWS
-                    and (few := _FEW.get(input.dtype))
-                    and input.is_cpu
-                    and input.dim() == 2
-                    and (logits <= few[reduction] or not (input.requires_grad and _grad_enabled()))
-                )
+                (logits := input.numel()) + 128 * (rows := target.numel()) < SMALL[reduction]
+                or (logits < FEW_LOGITS and few_logits(input, logits, rows, reduction))
             )
         ):
             return _stock(

@@ -5,7 +5,8 @@
 
 The kernel walks chunks of rows: a chunk's logits, their loss, and in their place their gradient,
 which goes into the gradients of input and linear_weight at once. Backward multiplies those by that
-of the loss. For reduction "none", and where that would round twice, it makes the logits again.
+of the loss. For reduction "none", and where that would round twice, it makes the logits again, or
+has few of them kept.
 
 Siblings: {csrc/{ops,cpu},torchext/nn,triton_kernels,tests}/*linear_cross_entropy*.
 """
@@ -26,6 +27,7 @@ from torchext.ops import extras as with_extras
 from torchext.ops import extras_autograd
 from torchext.ops import linear_cross_entropy_fake as fakes
 from torchext.ops import linear_cross_entropy_gpu as gpu
+from torchext.ops import linear_cross_entropy_kept as kept
 from torchext.ops.cross_entropy_fake import check_reduction
 from torchext.ops.extras import Extras
 from torchext.ops.linear_cross_entropy_call import (
@@ -68,6 +70,8 @@ def linear_cross_entropy(
     64 MiB, or of 256 rows where those are more; on a GPU, by the CUDA library, 1072 MiB of logits
     where linear_weight's gradient is wanted, else 512 MiB; by Triton 128 MiB. For 16-bit dtypes on
     the CPU (of more rows than that) and by Triton float32 sums of linear_weight's gradient as well.
+    On the CPU logits of up to 8 MiB are kept for backward where reduction is "none" or the dtype
+    float16.
     With extras: see `torchext.ops.extras_source`.
 
     float32, float64, bfloat16 and float16 run on the fused kernels, on the CPU or a GPU, with
@@ -270,7 +274,10 @@ def _fused(
     elif not input.is_cpu:
         loss = _cuda_call(*arguments)
     elif ordinary and differentiate:
-        loss = _differentiable(*arguments)
+        if not at_once and kept.keeps(input, linear_weight):
+            loss = kept.differentiable(*arguments[:8])
+        else:
+            loss = _differentiable(*arguments)
     else:
         loss = (_kernel if ordinary else _forward_op)(*arguments)[0]
     return loss.reshape(shape) if shape is not None and code == 0 else loss
@@ -364,14 +371,9 @@ def _recomputed(
 ) -> tuple[Tensor | None, ...]:
     """The gradients, from the saved tensors."""
     input, linear_weight, target, linear_bias, weight, stats, *saved = ctx.saved_tensors
+    tensors = (input, linear_weight, target, linear_bias, weight)
     if _autograd.wants_reference(grad_loss, ctx.owned):
-
-        def loss(x: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
-            return fakes.definition(x, w, target, b, weight, *ctx.options)
-
-        return _autograd.reference_gradients(
-            loss, (input, linear_weight, linear_bias), needed, grad_loss
-        )
+        return fakes.gradients(ctx, tensors, needed, grad_loss)
     grad_loss = grad_loss.resolve_neg()
     saved = saved or ctx.grads
     if saved and _autograd.may_scale(ctx.wanted, needed, saved[0].dtype, grad_loss):
@@ -380,9 +382,7 @@ def _recomputed(
             if not _autograd.keeps_graph():
                 ctx.grads = ()
             return scaled
-    return run(  # type: ignore[no-any-return]
-        grad_loss, input, linear_weight, target, linear_bias, weight, stats, *ctx.options, *needed
-    )
+    return run(grad_loss, *tensors, stats, *ctx.options, *needed)  # type: ignore[no-any-return]
 
 
 if not _native.cpu_missing:

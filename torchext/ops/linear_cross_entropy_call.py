@@ -18,7 +18,7 @@ CODES = {name: code for code, name in enumerate(REDUCTIONS)}
 _is_compiling = torch.compiler.is_compiling
 _tracing_state = torch._C._get_tracing_state
 _grad_enabled = torch.is_grad_enabled
-_INT64, _BFLOAT16 = torch.int64, torch.bfloat16
+_INT64, _BFLOAT16, _FLOAT16 = torch.int64, torch.bfloat16, torch.float16
 _WIDE = frozenset({torch.float32, torch.float64})
 _linear: Any = torch._C._nn.linear
 _stock: Any = torch._C._nn.cross_entropy_loss
@@ -35,10 +35,13 @@ _SMALL_OF_SUCH = 1 << 19
 _SMALL_OF_SUCH_BFLOAT16 = 1 << 22
 _FEW_ROWS = _MANY_CLASSES = 16
 # The same with gradients, of narrow dtypes and without reduction. Of stock's time, forward and
-# backward on 2 cores of Zen 4, ours takes without reduction of float32 1 x 256 x 16 1.20, of
-# bfloat16 1.50 and of 16 x 100 x 2 1.20, of the float16 mean of 2 x 16 x 32 1.38 and of 8 x 256 x 5
-# 1.15.
-_SMALL_WITH_GRADIENTS = 1 << 14
+# backward on 2 cores of Zen 4, ours takes without reduction of float32 1 x 256 x 16, 16 x 16 x 5
+# and 2 x 64 x 64 1.23, 1.02 and 0.99; of bfloat16, which oneDNN multiplies from 4096 on, 1 x 256 x
+# 16 1.50, but 8 x 256 x 5 0.57; of the float16 mean of 2 x 16 x 32, 8 x 256 x 5 and 16 x 64 x 16
+# 1.34, 1.10 and 1.09, of 64 x 64 x 8 0.86.
+_SMALL_WITH_GRADIENTS = 4096
+_SMALL_WITH_GRADIENTS_FLOAT16 = 1 << 14
+_MOST = _SMALL_OF_SUCH_BFLOAT16
 _SMALL_ON_CPU = _SMALL if _native.own_products(torch.float32) else 1 << 22
 
 
@@ -73,12 +76,14 @@ def by_stock(
         or _is_compiling()  # before the sizes: a compiler would guard on them
         or _tracing_state() is not None
         or target.dtype is not _INT64
+        or not 0 < (work := linear_weight.numel() * target.numel()) <= _MOST
         or (
-            (
-                (work := linear_weight.numel() * target.numel()) > _SMALL_WITH_GRADIENTS
+            _grad_enabled()
+            and (
+                work > _SMALL_WITH_GRADIENTS
+                and (input.dtype is not _FLOAT16 or work > _SMALL_WITH_GRADIENTS_FLOAT16)
                 or not input.is_cpu
             )
-            and _grad_enabled()
             and (
                 input.requires_grad
                 or linear_weight.requires_grad
@@ -87,7 +92,8 @@ def by_stock(
             )
         )
         or (
-            work > (_SMALL_ON_CPU if input.is_cpu else _SMALL)
+            work > _SMALL
+            and work > (_SMALL_ON_CPU if input.is_cpu else _SMALL)
             and (
                 work > (_SMALL_OF_SUCH_BFLOAT16 if input.dtype is _BFLOAT16 else _SMALL_OF_SUCH)
                 or not input.is_cpu
@@ -96,8 +102,12 @@ def by_stock(
         )
         or input.dim() != 2
         or linear_weight.dim() != 2
-        # What linear would broadcast is refused.
-        or (linear_bias is not None and linear_bias.shape != linear_weight.shape[:1])
+        # What linear would broadcast is refused: nothing but (C) with (N, H) and (N) passes both
+        # this and the loss's own check of batch sizes.
+        or (
+            linear_bias is not None
+            and (linear_bias.dim() != 1 or linear_bias.numel() * input.numel() != work)
+        )
     ):
         return None
     return _stock(  # type: ignore[no-any-return]

@@ -5,14 +5,17 @@ The loss has the dtype of the kernels' sums: float32, or float64 for float64.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from torchext import reference
+from torchext import _autograd, reference
 from torchext.ops.cross_entropy_fake import REDUCTIONS, to_check
+
+_HEAD_CLASSES, _HEAD_FEATURES = 16, 1024
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:
@@ -75,6 +78,51 @@ def forward(
     loss = input.new_empty(positions if reduction == 0 else (), dtype=wide(input.dtype))
     stats = loss.new_empty((2, input.shape[0] * linear_weight.shape[1:-1].numel()))
     return loss, stats, *_gradients(input, linear_weight, wanted)
+
+
+def kept_forward(
+    input: Tensor, linear_weight: Tensor, *arguments: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns loss, stats and logits, whose rows are as the kernel's products leave them."""
+    loss, stats, *_ = forward(input, linear_weight, *arguments, False, False, False)
+    columns = linear_weight.shape[:-1].numel()
+    narrow = (  # NarrowHead::serves of csrc/cpu/narrow_head.h, whose rows are a vector each
+        linear_weight.dim() == 2
+        and input.dtype in (torch.float32, torch.float64)
+        and 0 < columns <= _HEAD_CLASSES
+        and 0 < input.shape[1] <= _HEAD_FEATURES
+        and input.stride(1) == linear_weight.stride(1) == 1
+    )
+    return loss, stats, input.new_empty((input.shape[0], _HEAD_CLASSES if narrow else columns))
+
+
+def kept_backward(
+    grad_output: Tensor, logits: Tensor, input: Tensor, linear_weight: Tensor, *arguments: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns the wanted gradients."""
+    return _gradients(input, linear_weight, arguments[-3:])
+
+
+def gradients(
+    ctx: Any, tensors: Sequence[Tensor | None], needed: Sequence[bool], grad_loss: Tensor
+) -> tuple[Tensor | None, ...]:
+    """Returns the gradients of the definition: see `_autograd.reference_gradients`.
+
+    Args:
+        ctx: has the options.
+        tensors: input, linear_weight, target, linear_bias and weight.
+        needed: which of three gradients are.
+        grad_loss: the gradient of the loss.
+    """
+    input, linear_weight, target, linear_bias, weight = tensors
+
+    def loss(x: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
+        assert target is not None
+        return definition(x, w, target, b, weight, *ctx.options)
+
+    return _autograd.reference_gradients(
+        loss, (input, linear_weight, linear_bias), needed, grad_loss
+    )
 
 
 def backward(
