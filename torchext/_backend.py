@@ -37,7 +37,7 @@ _is_compiling = torch.compiler.is_compiling
 _functorch_active = torch._C._are_functorch_transforms_active
 _dispatch_modes = torch._C._len_torch_dispatch_stack
 _any_autocast = torch._C._is_any_autocast_enabled
-_tracing_state = torch._C._get_tracing_state
+_is_tracing = torch._C._is_tracing
 _profiling = torch._C._autograd._profiler_enabled
 
 _active = "auto"
@@ -120,7 +120,7 @@ def ordinary(any_backend: bool = False, autocast: bool = False) -> bool:
         or forward_ad._current_level >= 0
         or _dispatch_modes()
         or (_any_autocast() and not autocast)
-        or _tracing_state() is not None
+        or _is_tracing()
         or _profiling()
         or not (_direct or any_backend)
     )
@@ -152,7 +152,7 @@ def route(*tensors: Tensor | None, op: str = "", work: int = 0, fake: bool = Fal
         ):
             return EAGER
     place = _place(first, op, work)
-    if _is_compiling() or _tracing_state() is not None:
+    if _is_compiling() or _is_tracing():
         return place
     plain = PLAIN | {FakeTensor} if fake else PLAIN
     for tensor in tensors:

@@ -34,7 +34,7 @@ _PLAIN, _FLOATING = _backend.PLAIN, _backend.FLOATING
 _INDICES = frozenset({torch.int64, torch.int32, torch.uint8})
 _INT64 = torch.int64
 _is_compiling = torch.compiler.is_dynamo_compiling
-_tracing_state = torch._C._get_tracing_state
+_is_tracing = torch._C._is_tracing
 _stock: Any = torch._C._nn.cross_entropy_loss
 _NAMES = cross_entropy_fake.REDUCTIONS
 _REDUCTIONS = {name: code for code, name in enumerate(_NAMES)}
@@ -157,7 +157,7 @@ def cross_entropy(
             # Before the size: a compiler would guard on it. Fake tensors have types of their own.
             and type(target) is Tensor
             and not _is_compiling()
-            and _tracing_state() is None
+            and not _is_tracing()
             and (
                 (logits := input.numel()) + 128 * (rows := target.numel()) < SMALL[reduction]
                 or (logits < FEW_LOGITS and few_logits(input, logits, rows, reduction))

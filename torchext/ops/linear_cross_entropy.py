@@ -42,7 +42,7 @@ from torchext.ops.linear_cross_entropy_call import (
 
 _FLOAT32, _FLOAT64 = torch.float32, torch.float64
 _NOTHING = (False, False, False)
-_is_tracing: Callable[[], bool] = torch.jit.is_tracing  # type: ignore[attr-defined]
+_grad_enabled = torch.is_grad_enabled
 
 
 def linear_cross_entropy(
@@ -146,7 +146,9 @@ def linear_cross_entropy(
             ignore_index, label_smoothing,
         )  # fmt: skip
     try:
-        if usual(input, linear_weight, target, linear_bias, weight, reduction, ignore_index):
+        if _grad_enabled() and usual(
+            input, linear_weight, target, linear_bias, weight, reduction, ignore_index
+        ):
             ignored = -100 if ignore_index is None else ignore_index
             biased = linear_bias is not None and linear_bias.requires_grad
             return _differentiable(
@@ -250,7 +252,7 @@ def _fused(
                 f"dimension, {list(input.shape[:-1])}, but got {list(shape)}"
             )
         input, target = input.reshape(-1, input.shape[-1]), target.reshape(-1)
-    differentiate = torch.is_grad_enabled() and (
+    differentiate = _grad_enabled() and (
         input.requires_grad
         or linear_weight.requires_grad
         or (linear_bias is not None and linear_bias.requires_grad)
@@ -260,7 +262,7 @@ def _fused(
     at_once = dtype is _FLOAT32 or dtype is _FLOAT64
     at_once = at_once or (dtype is torch.bfloat16 and (ordinary or not input.is_cpu))
     # A trace keeps these flags: of its operator the gradients are made where backward wants them.
-    at_once = at_once and code != 0 and (ordinary or not _is_tracing())
+    at_once = at_once and code != 0 and (ordinary or not torch.jit.is_tracing())  # type: ignore
     came = _NOTHING
     if differentiate and at_once:
         bias_grad = linear_bias is not None and linear_bias.requires_grad

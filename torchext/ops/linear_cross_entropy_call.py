@@ -15,8 +15,8 @@ _PLAIN, _FLOATING = _backend.PLAIN, _backend.FLOATING
 INDICES = frozenset({torch.int64, torch.int32, torch.uint8})
 CODES = {name: code for code, name in enumerate(REDUCTIONS)}
 
-_is_compiling = torch.compiler.is_compiling
-_tracing_state = torch._C._get_tracing_state
+_in_dynamo = torch.compiler.is_dynamo_compiling
+_is_tracing = torch._C._is_tracing
 _grad_enabled = torch.is_grad_enabled
 _INT64, _BFLOAT16, _FLOAT16 = torch.int64, torch.bfloat16, torch.float16
 _WIDE = frozenset({torch.float32, torch.float64})
@@ -73,8 +73,10 @@ def by_stock(
     if (
         not _backend.stock_when_small
         or label_smoothing  # of float16 and many classes its sum overflows
-        or _is_compiling()  # before the sizes: a compiler would guard on them
-        or _tracing_state() is not None
+        # Before the sizes: a compiler would guard on them. Fake tensors have types of their own.
+        or type(target) is not Tensor
+        or _in_dynamo()
+        or _is_tracing()
         or target.dtype is not _INT64
         or not 0 < (work := linear_weight.numel() * target.numel()) <= _MOST
         or (
@@ -131,8 +133,8 @@ def usual(
 ) -> bool:
     """Whether the call is what training mostly makes, and the kernel will serve or refuse it.
 
-    An ordinary one of plain CPU tensors, (N, H), (C, H) and (N), whose gradients forward makes: one
-    look at all that `by_stock`, `fit` and `place_of` ask.
+    An ordinary one of plain CPU tensors, (N, H), (C, H) and (N), whose gradients forward makes,
+    grad mode being on: one look at all that `by_stock`, `fit` and `place_of` ask.
 
     Args:
         input: (*, H).
@@ -144,8 +146,7 @@ def usual(
         ignore_index: of the loss.
     """
     return (
-        _grad_enabled()
-        and (input.requires_grad or linear_weight.requires_grad)
+        (input.requires_grad or linear_weight.requires_grad)
         and _backend.ordinary()
         and input.dtype in _WIDE
         and target.dtype is _INT64
