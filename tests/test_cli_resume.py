@@ -1,6 +1,7 @@
 """``torchext train``: Ctrl-C, ``--resume``, and the files that make it possible."""
 
 import functools
+import re
 import shlex
 import signal
 
@@ -108,7 +109,28 @@ def test_resume_with_nothing_left(train, tmp_path, capsys):
     assert train(tmp_path / "a", "--epochs 2") == 0
     assert main(["train", "--resume", str(tmp_path / "a"), "--out", str(tmp_path / "b")]) == 0
     assert losses(tmp_path / "b") == losses(tmp_path / "a")
-    assert "nothing is left of 2 epochs" in capsys.readouterr().out
+    printed = capsys.readouterr().out.split("nothing is left of 2 epochs")[1]
+    assert "images/s" not in printed
+
+
+def test_an_older_export_is_named(train, tmp_path, capsys):
+    assert train(tmp_path, "--epochs 1 --export torchscript") == 0
+    assert "earlier weights" not in capsys.readouterr().err
+    assert main(["train", "--resume", str(tmp_path)]) == 0
+    assert "earlier weights" not in capsys.readouterr().err  # they are the same
+    assert main(["train", "--resume", str(tmp_path), "--epochs", "2"]) == 0
+    message = "network.ts has earlier weights; --export torchscript writes it again"
+    assert message in capsys.readouterr().err
+    assert (
+        main(["train", "--resume", str(tmp_path), "--epochs", "3", "--export", "torchscript"]) == 0
+    )
+    assert "earlier weights" not in capsys.readouterr().err
+
+
+def test_a_large_loss_keeps_its_column(train, tmp_path, capsys):
+    assert train(tmp_path, "--epochs 1 --lr 1e3") == 0
+    rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("    1")]
+    assert len(rows) == 1 and re.fullmatch(r" {4}1 {2}\d\.\d{4}e\+\d\d +\d+\.\d+%.*", rows[0])
 
 
 @pytest.mark.parametrize(

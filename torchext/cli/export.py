@@ -60,6 +60,16 @@ def export_network(kind: str, model: str, weights: dict[str, Tensor], folder: Pa
     return name
 
 
+def exported(folder: Path) -> list[tuple[str, str]]:
+    """List the kinds and names of the exported networks in a folder.
+
+    Args:
+        folder: where they were written to.
+    """
+    found = [(kind, name) for kind, (name, _) in _KINDS.items()]
+    return [(kind, name) for kind, name in found if (folder / name).exists()]
+
+
 def _write_torchscript(network: nn.Module, path: Path) -> None:
     torch.jit.script(network).save(str(path))  # type: ignore[no-untyped-call]
 

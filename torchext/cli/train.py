@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 import torchext
-from torchext.cli.export import KINDS, ExportError, export_network
+from torchext.cli.export import KINDS, ExportError, export_network, exported
 from torchext.cli.loop import PIXELS, Trainer
 from torchext.cli.run_folder import (
     Checkpoint,
@@ -196,7 +196,8 @@ def _train(settings: Settings, previous: tuple[Path, Checkpoint] | None, export:
             row = Epoch(epoch=number, loss=loss, test_accuracy=right, seconds=seconds)
             latest = state([*latest["epochs"], row])
             speed = trainer.batches.samples / seconds
-            bar.write(f"{number:>5}{loss:>12.6f}{right:>12.2%}{seconds:>11.3f}{speed:>12,.0f}")
+            shown = f"{loss:.6f}" if loss < 1e4 else f"{loss:.4e}"
+            bar.write(f"{number:>5}{shown:>12}{right:>12.2%}{seconds:>11.3f}{speed:>12,.0f}")
             if time.perf_counter() - saved > _SAVE_EVERY:
                 save_run(out, latest)
                 saved = time.perf_counter()
@@ -205,9 +206,14 @@ def _train(settings: Settings, previous: tuple[Path, Checkpoint] | None, export:
     finally:
         bar.close()
     code = _finish(settings, latest, time.perf_counter() - started, stopped)
+    name = ""
     if export is not None and code == 0:
         name = export_network(export, settings.model, latest["weights"], out)
         print(f"exported: {out / name}", flush=True)
+    if len(latest["epochs"]) > done:
+        for kind, other in exported(out):
+            if other != name:
+                _complain(f"{out / other} has earlier weights; --export {kind} writes it again")
     return code
 
 
@@ -252,6 +258,7 @@ def _introduce(settings: Settings, digits: Digits, steps: int, done: int) -> Non
     )
     if done >= settings.epochs:
         print(f"nothing is left of {settings.epochs} epochs; --epochs N goes on to N in all")
+        return
     print(f"{'epoch':>5}{'loss':>12}{'test acc.':>12}{'seconds':>11}{'images/s':>12}", flush=True)
 
 
