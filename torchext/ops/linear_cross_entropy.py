@@ -70,8 +70,8 @@ def linear_cross_entropy(
     64 MiB, or of 256 rows where those are more; on a GPU, by the CUDA library, 1072 MiB of logits
     where linear_weight's gradient is wanted, else 512 MiB; by Triton 128 MiB. For 16-bit dtypes on
     the CPU (of more rows than that) and by Triton float32 sums of linear_weight's gradient as well.
-    On the CPU logits of up to 8 MiB are kept for backward where reduction is "none" or the dtype
-    float16.
+    On the CPU logits of up to 8 MiB are kept for backward where reduction is "none", or of 16-bit
+    dtypes (of bfloat16 from 2 ** 22 multiplications on).
     With extras: see `torchext.ops.extras_source`.
 
     float32, float64, bfloat16 and float16 run on the fused kernels, on the CPU or a GPU, with
@@ -276,7 +276,7 @@ def _fused(
     elif not input.is_cpu:
         loss = _cuda_call(*arguments)
     elif ordinary and differentiate:
-        if not at_once and kept.keeps(input, linear_weight):
+        if kept.keeps(input, linear_weight, code):
             loss = kept.differentiable(*arguments[:8])
         else:
             loss = _differentiable(*arguments)
