@@ -15,9 +15,9 @@ template <class Isa, typename scalar_t>
 TORCHEXT_INLINE void row_blocks(const CrossEntropyArgs<scalar_t>& args, int64_t begin,
                                 int64_t end) {
   if (pipelined(args)) {
-    const int64_t last = std::min(args.shape.positions(), end * kRowsPerBlock);
+    const int64_t last = std::min(args.shape.positions(), end * args.block_rows);
     const auto run = [&](auto dense, auto gradient) __attribute__((always_inline)) {
-      pipelined_rows<Isa, scalar_t, dense(), gradient()>(args, begin * kRowsPerBlock, last);
+      pipelined_rows<Isa, scalar_t, dense(), gradient()>(args, begin * args.block_rows, last);
     };
     using True = std::true_type;
     using False = std::false_type;
@@ -28,8 +28,8 @@ TORCHEXT_INLINE void row_blocks(const CrossEntropyArgs<scalar_t>& args, int64_t 
       args.gradient && !args.backward && !std::is_same_v<scalar_t, acc_type<scalar_t>>;
   std::vector<acc_type<scalar_t>> scratch(scratch_needed ? args.shape.classes : 0);
   for (int64_t block = begin; block < end; ++block) {
-    const int64_t first = block * kRowsPerBlock;
-    const int64_t last = std::min(args.shape.positions(), first + kRowsPerBlock);
+    const int64_t first = block * args.block_rows;
+    const int64_t last = std::min(args.shape.positions(), first + args.block_rows);
     const double loss = args.dense()
                             ? process_rows<Isa, scalar_t, true>(args, first, last, scratch.data())
                             : process_rows<Isa, scalar_t, false>(args, first, last, scratch.data());

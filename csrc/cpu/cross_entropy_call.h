@@ -26,7 +26,7 @@ inline int64_t blocks_per_outer(const CrossEntropyShape& shape) {
   return (shape.inner + kPositionsPerBlock - 1) / kPositionsPerBlock;
 }
 
-// Blocks [begin, end) of kRowsPerBlock rows, or of kPositionsPerBlock positions.
+// Blocks [begin, end) of block_rows rows, or of kPositionsPerBlock positions.
 template <typename scalar_t>
 void cross_entropy_rows(const CrossEntropyArgs<scalar_t>& args, int64_t begin, int64_t end);
 template <typename scalar_t>
@@ -102,13 +102,13 @@ double target_mass(const char* op, const CrossEntropyArgs<scalar_t>& args) {
 template <typename scalar_t>
 int64_t block_count(const CrossEntropyArgs<scalar_t>& args, Walk walk) {
   if (walk != Walk::kRows) return args.shape.outer * blocks_per_outer(args.shape);
-  return (args.shape.positions() + kRowsPerBlock - 1) / kRowsPerBlock;
+  return (args.shape.positions() + args.block_rows - 1) / args.block_rows;
 }
 
 template <typename scalar_t>
 void run_blocks(const CrossEntropyArgs<scalar_t>& args, Walk walk) {
   const int64_t positions =
-      walk == Walk::kRows ? kRowsPerBlock : std::min(kPositionsPerBlock, args.shape.inner);
+      walk == Walk::kRows ? args.block_rows : std::min(kPositionsPerBlock, args.shape.inner);
   const int64_t grain = kGrain / std::max<int64_t>(positions * args.shape.classes, 1);
   for_each_block(block_count(args, walk), grain, [&](int64_t begin, int64_t end) {
     if (walk == Walk::kRows) {
@@ -165,6 +165,7 @@ struct Prepared {
 
   Prepared(const Call& call, const CrossEntropyShape& shape) {
     args.shape = shape;
+    args.block_rows = rows_per_block(shape);
     input = call.input;
     const auto found = walk_of(class_strides(input), shape);
     if (!found) input = as_contiguous(input);

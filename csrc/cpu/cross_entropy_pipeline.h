@@ -202,7 +202,7 @@ TORCHEXT_INLINE void pipelined_rows(const CrossEntropyArgs<scalar_t>& args, int6
       if constexpr (kDense) loss += done.mass[i] * log_sum - done.dot[i];
       const int64_t position = done.position[i];
       if (args.losses) args.losses[position] = loss;
-      if (args.block_losses) args.block_losses[position / kRowsPerBlock] += loss;
+      if (args.block_losses) args.block_losses[position / args.block_rows] += loss;
       if (args.stats) {
         args.stats[position] = done.max[i];
         args.stats[args.stats_stride + position] = done.sum[i];
@@ -212,7 +212,8 @@ TORCHEXT_INLINE void pipelined_rows(const CrossEntropyArgs<scalar_t>& args, int6
   };
 
   if (args.block_losses) {
-    for (int64_t p = begin; p < end; p += kRowsPerBlock) args.block_losses[p / kRowsPerBlock] = 0;
+    for (int64_t p = begin; p < end; p += args.block_rows)
+      args.block_losses[p / args.block_rows] = 0;
   }
   const int64_t first = counted(begin);
   if (first == end) return;
