@@ -58,8 +58,11 @@ def test_whole(emulated: Run, options: dict[str, Any], dtype: torch.dtype) -> No
 @pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
 @pytest.mark.parametrize("options", HEAD_OPTIONS, ids=str)
 def test_pieces(emulated: Run, options: dict[str, Any], dtype: torch.dtype) -> None:
-    """Forward in pieces, backward in slices of the classes."""
-    for shape in ((26, 13, 1552), (9, 30, 1096)):
+    """Forward in pieces, backward in slices of the classes.
+
+    Of 9 rows a bfloat16 error is a matter of luck: in 100 draws up to 1.39 of eager's, of 26 1.09.
+    """
+    for shape in ((26, 13, 1552), (26, 30, 1096)):
         Head(shape, dtype, **options).check(*within(PIECES))
 
 
