@@ -62,7 +62,8 @@ def test_pieces(emulated: Run, options: dict[str, Any], dtype: torch.dtype) -> N
 
     Of 9 rows a bfloat16 error is a matter of luck: in 100 draws up to 1.39 of eager's, of 26 1.09.
     """
-    for shape in ((26, 13, 1552), (26, 30, 1096)):
+    few = 9 if dtype.itemsize > 2 else 26
+    for shape in ((26, 13, 1552), (few, 30, 1096)):
         Head(shape, dtype, **options).check(*within(PIECES))
 
 

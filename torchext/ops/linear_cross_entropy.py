@@ -40,9 +40,9 @@ from torchext.ops.linear_cross_entropy_call import (
     usual,
 )
 
-_FLOAT32, _FLOAT64 = torch.float32, torch.float64
-_NOTHING = (False, False, False)
 _grad_enabled = torch.is_grad_enabled
+# Not torch._C's, which Dynamo cannot trace.
+_is_tracing: Callable[[], bool] = torch.jit.is_tracing  # type: ignore[attr-defined]
 
 
 def linear_cross_entropy(
@@ -159,12 +159,12 @@ def linear_cross_entropy(
             input, linear_weight, target, linear_bias, weight, reduction, ignore_index,
             label_smoothing,
         )  # fmt: skip
-        if loss is None:
-            loss = _linear_cross_entropy(
-                input, linear_weight, target, linear_bias, weight, reduction, ignore_index,
-                label_smoothing,
-            )  # fmt: skip
-        return loss
+        if loss is not None:
+            return loss
+        return _linear_cross_entropy(
+            input, linear_weight, target, linear_bias, weight, reduction, ignore_index,
+            label_smoothing,
+        )  # fmt: skip
     except _errors.REFUSALS as error:
         return _settle(
             error, input, linear_weight, target, linear_bias, weight, reduction, ignore_index,
@@ -259,11 +259,11 @@ def _fused(
     )
     # See cross_entropy: float16 gradients of a mean would underflow; and bfloat16 ones would be
     # rounded twice where backward cannot look at what it multiplies them by (unless that is 1).
-    at_once = dtype is _FLOAT32 or dtype is _FLOAT64
+    at_once = dtype is torch.float32 or dtype is torch.float64
     at_once = at_once or (dtype is torch.bfloat16 and (ordinary or not input.is_cpu))
     # A trace keeps these flags: of its operator the gradients are made where backward wants them.
-    at_once = at_once and code != 0 and (ordinary or not torch.jit.is_tracing())  # type: ignore
-    came = _NOTHING
+    at_once = at_once and code != 0 and (ordinary or not _is_tracing())
+    came = (False, False, False)
     if differentiate and at_once:
         bias_grad = linear_bias is not None and linear_bias.requires_grad
         came = (input.requires_grad, linear_weight.requires_grad, bias_grad)
